@@ -1,0 +1,1 @@
+"""Content-addressed reads: chunk index, node cache, fetcher and block reader."""

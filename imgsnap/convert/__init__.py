@@ -1,0 +1,1 @@
+"""From an OCI image to a snapshot. Never imports the loader (fuse, mount)."""

@@ -1,0 +1,1 @@
+"""Pure bytes to values and back: no I/O, no network, no clock."""

@@ -1,0 +1,1 @@
+"""Serving a block device's bytes to the kernel through /dev/fuse."""

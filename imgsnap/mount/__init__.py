@@ -1,0 +1,1 @@
+"""Making a snapshot visible: mount(2), overlay, mount records, running a command."""
