@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from imgsnap.blockstore.chunk_index import ChunkIndex
 from imgsnap.convert.artifact import RECORD, TAG_PREFIX, read_chunk_map
-from imgsnap.digest import ChunkId
+from imgsnap.digest import ChunkId, Digest
 from imgsnap.errors import IntegrityError, NotFound
 from imgsnap.formats.chunk_map import ChunkMap, ChunkPlace, PackRef
 from imgsnap.oci import media_types
@@ -36,7 +36,7 @@ def sync_chunk_index(repository: Repository, index: ChunkIndex) -> int:
     return taken
 
 
-def _read(repository: Repository, tag: str, index: ChunkIndex):  # type: ignore[no-untyped-def]
+def _read(repository: Repository, tag: str, index: ChunkIndex) -> tuple[ChunkMap, Digest] | None:
     try:
         raw = repository.manifest(tag)
         if index.has_manifest(raw.descriptor.digest):

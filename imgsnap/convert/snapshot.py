@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from imgsnap.convert.artifact import LayerArtifact, pack_descriptor, put_content, put_raw
+from imgsnap.convert.artifact import RULES, LayerArtifact, pack_descriptor, put_content, put_raw
 from imgsnap.convert.erofs_write import emit
 from imgsnap.convert.flatten import flatten
 from imgsnap.convert.source import SourceImage
@@ -93,6 +93,7 @@ def build_snapshot(
         layers=blobs,
         subject=replace(image.manifest.descriptor, platform=None, annotations={}),
         artifact_type=media_types.ARTIFACT_SNAPSHOT,
+        annotations={RULES: config.rules},
     )
     manifest = raw_manifest(document)
     target.put_manifest(manifest, subject=image.manifest.descriptor.digest)
