@@ -85,7 +85,7 @@ def build_snapshot(
     blobs = (
         put_content(target, metadata.metadata, media_types.EROFS_METADATA, METADATA_LEVEL),
         put_content(target, chunk_map_codec.encode(chunk_map), media_types.CHUNK_MAP, MAP_LEVEL),
-        put_raw(target, image.config_raw, image.config.media_type),
+        put_raw(target, image.config_raw, media_types.OCI_CONFIG),
         *(pack_descriptor(pack) for pack in chunk_map.packs),
     )
     document = ImageManifest(
