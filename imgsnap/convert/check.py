@@ -22,7 +22,7 @@ class Difference:
     """One thing that differs; `path` is b"" for the root."""
 
     path: bytes
-    field: str  # missing, extra, type, mode, owner, mtime, xattrs, device, target, size, content, links
+    field: str  # missing, extra, type, mode, owner, mtime, xattrs, device, target, size, ...
     snapshot: str
     source: str
 
