@@ -69,7 +69,7 @@ class Superblock(NamedTuple):
     13      1     u8     ext_slots            superblock is 128 + 16 * ext_slots bytes; 0
     14      2     u16    root_nid
     16      8     u64    inodes               number of inodes
-    24      8     u64    build_time           0, for equal bytes from equal trees
+    24      8     i64    build_time           0, for equal bytes from equal trees
     32      4     u32    build_time_nsec      0
     36      4     u32    blocks               length of the device in blocks, for statfs
     40      4     u32    meta_block           start of the metadata area: 0
@@ -114,7 +114,7 @@ class Superblock(NamedTuple):
     xattr_filter: int = 0
 
 
-SUPERBLOCK = struct.Struct("<IIIBBHQQIIII16s16sIHHHBBIQB23x")
+SUPERBLOCK = struct.Struct("<IIIBBHQqIIII16s16sIHHHBBIQB23x")
 assert SUPERBLOCK.size == 128
 
 

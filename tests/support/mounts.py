@@ -8,7 +8,10 @@ from pathlib import Path
 
 _libc = ctypes.CDLL(None, use_errno=True)
 MS_RDONLY = 1
+MS_REC = 1 << 14
+MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
+CLONE_NEWNS = 0x20000
 
 
 def mount(source: str, target: Path, kind: str, flags: int = 0, options: str = "") -> None:
@@ -34,3 +37,26 @@ def mounted(
         yield target
     finally:
         unmount(target)
+
+
+@contextlib.contextmanager
+def private_namespace() -> Iterator[None]:
+    """A mount namespace of our own: whatever a test leaves mounted, or is killed with, is gone."""
+    before = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    directory = os.getcwd()
+    try:
+        _check(_libc.unshare(CLONE_NEWNS), "unshare")
+        try:
+            mount("none", Path("/"), "", MS_REC | MS_PRIVATE)
+            yield
+        finally:
+            _check(_libc.setns(before, CLONE_NEWNS), "setns")
+            os.chdir(directory)
+    finally:
+        os.close(before)
+
+
+def _check(result: int, what: str) -> None:
+    if result:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), what)
