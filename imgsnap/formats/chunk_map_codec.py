@@ -1,5 +1,7 @@
 """Bytes of a chunk map (docs/format.md, "Chunk map") and back."""
 
+from __future__ import annotations
+
 import struct
 import sys
 from array import array
@@ -65,7 +67,7 @@ class Header:
         )
 
     @classmethod
-    def parse(cls, data: bytes | memoryview) -> "Header":
+    def parse(cls, data: bytes | memoryview) -> Header:
         if len(data) < cls.SIZE:
             raise FormatError(RECORD, "header", 0, f"{len(data)} bytes, {cls.SIZE} needed")
         magic, version, algorithm, _, _, _, incompat, extents, packs, chunks = (
@@ -101,7 +103,7 @@ _COLUMNS = (("blocks", "H"), ("pack", "H"), ("offset", "I"), ("length", "I"))
 """After the ids column (32 bytes a row); each column holds all chunks of all extents."""
 
 
-def _column_bytes(column: "array[int]") -> bytes:
+def _column_bytes(column: array[int]) -> bytes:
     if _LITTLE:
         return column.tobytes()
     swapped = array(column.typecode, column)
