@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.snapshot_manifest import SNAPSHOT_TYPE, ManifestKind, manifest_kind
+from imgsnap.blockstore.snapshot_manifest import ManifestKind, manifest_kind
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import ImgsnapError, InvalidArgument, NotFound, Unavailable
+from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
 from imgsnap.oci.repository import Descriptor, Platform, RawManifest, Repository
 
 CREATED = "org.opencontainers.image.created"
-MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 
 _ARCHITECTURES = {
     "x86_64": "amd64",
@@ -97,7 +97,7 @@ def _ask(
         return manifest
     if kind.entries is not None:
         raise NotFound(f"{repository.name}: {reference} is an index of indexes, not a snapshot")
-    found = repository.referrers(manifest.descriptor.digest, SNAPSHOT_TYPE)
+    found = repository.referrers(manifest.descriptor.digest, ARTIFACT_SNAPSHOT)
     chosen = _choose_referrer(found, platform)
     if chosen is None:
         raise NotFound(
@@ -113,7 +113,7 @@ def _ask(
 
 def _choose_entry(kind: ManifestKind, wanted: Platform, where: str) -> Descriptor:
     entries = kind.entries or ()
-    snapshots = tuple(e for e in entries if e.artifact_type == SNAPSHOT_TYPE)
+    snapshots = tuple(e for e in entries if e.artifact_type == ARTIFACT_SNAPSHOT)
     candidates = [e for e in snapshots or entries if e.platform is not None]
     for entry in candidates:
         if entry.platform and matches(entry.platform, wanted):
@@ -154,7 +154,7 @@ def _cached_manifest(cache: NodeCache, reference: str) -> RawManifest | None:
 
 def _raw_manifest(digest: Digest, raw: bytes) -> RawManifest:
     # The media type only tells an index from a manifest, and the JSON says that too.
-    return RawManifest(Descriptor(MANIFEST_TYPE, digest, len(raw)), raw)
+    return RawManifest(Descriptor("", digest, len(raw)), raw)
 
 
 def _remembered(cache: NodeCache, key: str) -> RawManifest | None:

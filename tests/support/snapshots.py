@@ -9,20 +9,18 @@ from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgsnap.blockstore.snapshot_manifest import (
-    CHUNK_MAP_TYPE,
-    CONFIG_TYPE,
-    IMAGE_CONFIG_TYPE,
-    METADATA_TYPE,
-    PACK_TYPE,
-    SNAPSHOT_TYPE,
-)
 from imgsnap.digest import Digest, chunk_id, sha256_digest
 from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
 from imgsnap.formats.chunk_map_codec import encode
 from imgsnap.formats.frame import compress
 from imgsnap.formats.rules import Rules
 from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
+from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT as SNAPSHOT_TYPE
+from imgsnap.oci.media_types import CHUNK_MAP as CHUNK_MAP_TYPE
+from imgsnap.oci.media_types import CONFIG as CONFIG_TYPE
+from imgsnap.oci.media_types import EROFS_METADATA as METADATA_TYPE
+from imgsnap.oci.media_types import OCI_CONFIG as IMAGE_CONFIG_TYPE
+from imgsnap.oci.media_types import PACK as PACK_TYPE
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.units import BLOCK_SIZE, KIB
 
