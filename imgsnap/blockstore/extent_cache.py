@@ -317,7 +317,7 @@ def _open_existing(directory: Path, header: PresenceHeader) -> _Files | None:
             return _Files(header.extent_id, data, present, storing=True)
         problem = "the presence map does not fit its data file"
     except (FileNotFoundError, NotADirectoryError) as error:
-        problem = str(error) if fds else ""
+        problem = str(error) if directory.exists() else ""
     except FormatError as error:
         problem = str(error)
     except OSError as error:

@@ -60,9 +60,12 @@ ChunkKey = tuple[str, int]
 class Batch:
     """Chunks that one caller waits for; `done` is called once, when all are there or one failed."""
 
-    __slots__ = ("_done", "deadline", "error", "finished", "held", "remaining")
+    __slots__ = ("_done", "deadline", "error", "finished", "held", "priority", "remaining")
 
-    def __init__(self, done: Callable[["Batch"], None], deadline_s: float) -> None:
+    def __init__(
+        self, done: Callable[["Batch"], None], priority: Priority, deadline_s: float
+    ) -> None:
+        self.priority = priority
         self.remaining = 0
         self.held: dict[ChunkKey, bytes] = {}  # chunks that no disk could keep
         self.error: BaseException | None = None
