@@ -111,9 +111,7 @@ class FuseServer:
     def _answer(self, worker: "_Worker", request: memoryview) -> None:
         """Handles one request. Whatever goes wrong, the kernel gets an answer."""
         if len(request) < IN_HEADER_SIZE:
-            self._failures.log(
-                logging.ERROR, "the kernel sent %d bytes, less than a header", len(request)
-            )
+            self._failures.log(logging.ERROR, "a request of only %d bytes", len(request))
             return
         length, opcode, unique, node = protocol.IN_HEADER.unpack_from(request)
         try:

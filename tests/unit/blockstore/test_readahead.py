@@ -1,6 +1,7 @@
 """Streams of reads: which are sequential, and how far ahead is asked for."""
 
 import random
+from itertools import pairwise
 
 from imgsnap.blockstore.readahead import STREAMS_MAX, WINDOW_FIRST, Readahead
 from imgsnap.units import GIB, KIB, MIB
@@ -13,7 +14,7 @@ def asked(readahead, reads):
 def test_a_sequential_reader_is_always_ahead_and_nothing_is_asked_twice():
     step = 128 * KIB
     found = asked(Readahead(GIB), [(at, step) for at in range(0, 64 * MIB, step)])
-    assert all(before[1] == after[0] for before, after in zip(found, found[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(found))
     assert found[0][1] - found[0][0] == WINDOW_FIRST
     assert max(end - start for start, end in found) <= 8 * MIB
     assert found[-1][1] - 64 * MIB >= 4 * MIB - step

@@ -164,9 +164,11 @@ def test_a_chunk_said_to_be_zeros_that_is_not_is_an_error(tmp_path):
         column[row] = value
     assert encode(built.chunk_map)
     repository = MemoryRepository(lying(built))
-    with open_store(repository, tmp_path) as store:
-        with pytest.raises(ImgsnapError, match="not one of zeros"):
-            store.reader.read(4096 + sum(extent.blocks[:row]) * 4096, 4096)
+    with (
+        open_store(repository, tmp_path) as store,
+        pytest.raises(ImgsnapError, match="not one of zeros"),
+    ):
+        store.reader.read(4096 + sum(extent.blocks[:row]) * 4096, 4096)
 
 
 def lying(built):
