@@ -210,6 +210,8 @@ class Fetcher:
     def _download(self, source: ChunkSource, pack: Descriptor, taken: FetchRange) -> bool:
         """Fetches the whole pack, or parks `taken` when another thread does so already."""
         with self._changed:
+            if self._packs.has(pack):
+                return True  # it came while our range request was refused
             parked = self._downloads.get(pack.digest)
             if parked is not None:
                 parked.extend(taken.tasks)

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -140,11 +141,16 @@ class BlockReader:
         """
         total = self.size
         done = self._snapshot.metadata_size
+        pending: deque[tuple[Callable[[], None], int]] = deque()
         for source, rows in self._batches():
-            self._warm_rows([(source, row) for row in source.cache.missing(rows)])
-            done += sum(source.cache.place(row)[1] for row in rows)
-            if progress is not None:
-                progress(done, total)
+            size = sum(source.cache.place(row)[1] for row in rows)
+            wanted = [(source, row) for row in source.cache.missing(rows)]
+            pending.append((self._prefetch(wanted), size))
+            # One batch ahead, so that the threads never run dry at a batch's end.
+            while len(pending) > 1:
+                done = _finish(pending, done, total, progress)
+        while pending:
+            done = _finish(pending, done, total, progress)
 
     def close(self) -> None:
         """Releases the extents. No read may be under way or begin later."""
@@ -265,7 +271,8 @@ class BlockReader:
                 for first in range(0, count, WARM_BATCH):
                     yield part.source, range(first, min(count, first + WARM_BATCH))
 
-    def _warm_rows(self, wanted: list[tuple[ChunkSource, int]]) -> None:
+    def _prefetch(self, wanted: list[tuple[ChunkSource, int]]) -> Callable[[], None]:
+        """Queues chunks; the result waits for them and raises what their fetch raised."""
         arrived = threading.Event()
         batches: list[Batch] = []
 
@@ -276,10 +283,28 @@ class BlockReader:
         # Nobody waits for a prefetch, and demand may hold it up for long: a wide deadline.
         deadline_s = self._deadline_s * 10
         self._fetcher.fetch(wanted, done, priority=Priority.PREFETCH, deadline_s=deadline_s)
-        if not arrived.wait(deadline_s + _WAIT_MARGIN_S):
-            raise Unavailable("the snapshot's chunks did not arrive before the deadline")
-        if batches[0].error is not None:
-            raise batches[0].error
+
+        def wait() -> None:
+            if not arrived.wait(deadline_s + _WAIT_MARGIN_S):
+                raise Unavailable("the snapshot's chunks did not arrive before the deadline")
+            if batches[0].error is not None:
+                raise batches[0].error
+
+        return wait
+
+
+def _finish(
+    pending: deque[tuple[Callable[[], None], int]],
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Waits for the oldest batch; the bytes that are here now."""
+    wait, size = pending.popleft()
+    wait()
+    if progress is not None:
+        progress(done + size, total)
+    return done + size
 
 
 def _parts(snapshot: Snapshot, pool: ExtentPool) -> list[_Part]:
