@@ -16,7 +16,7 @@ from array import array
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from imgsnap.blockstore.node_cache import NodeCache, cache_error, remove_tree
 from imgsnap.blockstore.statistics import Statistics
@@ -237,8 +237,14 @@ class ExtentCache:
             _log.warning("cannot write the presence map of extent %s: %s", self.id, error)
 
     def close(self) -> None:
-        for fd in (self._data, self._map):
-            os.close(fd)
+        """Nothing may be read later; a transfer that ends later writes to no descriptor at all,
+        rather than to one that has been given to another file."""
+        with self._lock:
+            data, presence = self._data, self._map
+            self._data = self._map = -1
+            self._storing = False
+        os.close(data)
+        os.close(presence)
 
 
 class ExtentPool:
@@ -271,8 +277,7 @@ class ExtentPool:
         known.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
+class _Files(NamedTuple):
     """The open files of one extent; `storing` is False when they are stand-ins in memory."""
 
     extent_id: str

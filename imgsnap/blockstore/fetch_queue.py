@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from imgsnap.blockstore.extent_cache import ExtentCache
 from imgsnap.digest import Digest
@@ -109,8 +110,7 @@ class Task:
         self.waiters: list[Batch] = []
 
 
-@dataclass(frozen=True, slots=True)
-class FetchRange:
+class FetchRange(NamedTuple):
     """Frames fetched by one request: bytes [start, end) of a pack; no pack for zero chunks."""
 
     tasks: Sequence[Task]

@@ -22,6 +22,7 @@ import errno
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ FOOTER = struct.Struct("<32sQ4sI")
 44 4 u32 CRC-32 of the 44 bytes before it"""
 FOOTER_MAGIC = b"ISDC"
 assert FOOTER.size == 48
+
+STALE_S = 86_400
+"""A temporary file this old belongs to nobody: no pack takes a day."""
 
 _DIRECTORIES = ("blobs", "chunk-maps", "metadata", "packs", "tags", "extents", "tmp")
 
@@ -195,11 +199,17 @@ class NodeCache:
             raise
 
     def remove_stale_temporaries(self) -> int:
-        """Deletes what processes that are gone left under tmp/; how many files."""
+        """Deletes what dead processes left under tmp/; how many entries.
+
+        Told by age and not by pid: processes of other pid namespaces may share this cache.
+        """
         count = 0
         for entry in (self.root / "tmp").iterdir():
-            owner = entry.name.partition(".")[0]
-            if owner.isdigit() and not Path("/proc", owner).exists():
+            try:
+                age_s = time.time() - entry.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if age_s > STALE_S:
                 remove_tree(entry)
                 count += 1
         return count

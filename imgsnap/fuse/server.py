@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.fuse import protocol
@@ -33,8 +33,7 @@ _TRANSIENT = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class FuseSession:
+class FuseSession(NamedTuple):
     """What INIT agreed on. INIT is not repeated: a server that takes over a device needs this."""
 
     minor: int
@@ -42,7 +41,11 @@ class FuseSession:
 
 
 class FuseServer:
-    """Serves one superblock until it is unmounted. Does not close `fd`."""
+    """Serves one superblock until it is unmounted.
+
+    Does not close `fd`: completions write to it from other threads, so it must stay open until
+    the contents can complete no more reads (their fetcher is closed).
+    """
 
     def __init__(
         self,

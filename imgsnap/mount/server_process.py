@@ -186,6 +186,7 @@ class _Server:
 
     def serve(self) -> None:
         """Returns when the superblock is gone or a signal asks for the end."""
+        NodeCache(self._options.cache_dir).remove_stale_temporaries()
         while True:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is not None:
