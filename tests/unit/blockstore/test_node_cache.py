@@ -48,8 +48,8 @@ def test_metadata_and_chunk_maps_carry_a_sum(tmp_path, size):
     assert cache.open_metadata(digest, size + 4096) is None, "another size is another region"
     cache.store_chunk_map(digest, region)
     assert cache.load_chunk_map(digest) == region
+    cache.store_metadata(digest, region).close()
     for kind in ("metadata", "chunk-maps"):
-        cache.store_metadata(digest, region).close()
         path = cache.root / kind / digest[7:]
         raw = bytearray(path.read_bytes())
         raw[-20] ^= 1
