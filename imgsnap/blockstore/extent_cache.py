@@ -13,6 +13,7 @@ import struct
 import threading
 import zlib
 from array import array
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -100,11 +101,8 @@ class ExtentCache:
 
     def rows(self, offset: int, end: int) -> range:
         """The chunks that hold bytes [offset, end), a non-empty range inside the extent."""
-        from bisect import bisect_right
-
         first = bisect_right(self.starts, offset >> BLOCK_BITS) - 1
-        last = bisect_right(self.starts, (end - 1) >> BLOCK_BITS)
-        return range(first, last)
+        return range(first, bisect_right(self.starts, (end - 1) >> BLOCK_BITS, first))
 
     def place(self, row: int) -> tuple[int, int]:
         """Offset and size of a chunk in the extent, in bytes."""
@@ -184,21 +182,20 @@ class ExtentCache:
     # Data ------------------------------------------------------------------------------------
 
     def read_into(self, view: memoryview, offset: int) -> bool:
-        """Fills `view` from chunks that are `ready`. False when the file has become shorter or
-        unreadable; its chunks are then distrusted and will be verified again."""
+        """Fills `view` if all its chunks are here, hashing those found on disk; else False.
+
+        False too when the file has become shorter or unreadable: its chunks are then distrusted
+        and will be verified again.
+        """
         rows = self.rows(offset, offset + len(view))
+        if not self.ready(rows):
+            return False
         try:
-            count = os.preadv(self._data, (view,), offset)
-            while 0 < count < len(view):
-                more = os.preadv(self._data, (view[count:],), offset + count)
-                if not more:
-                    break
-                count += more
+            # A regular file is short only at its end, so one call is enough.
+            if os.preadv(self._data, (view,), offset) == len(view):
+                return True
         except OSError as error:
             _log.warning("cannot read the cache of extent %s: %s", self.id, error)
-            count = -1
-        if count == len(view):
-            return True
         with self._lock:
             for row in rows:
                 if self._state[row] == VERIFIED:

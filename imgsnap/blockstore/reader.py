@@ -21,6 +21,8 @@ READ_ATTEMPTS = 3
 """A chunk that is lost from the cache between its fetch and its use is fetched again this often."""
 WARM_BATCH = 256
 """Chunks given to the prefetch queue at a time: some 32 MiB, enough to keep its threads busy."""
+COMPLETE_CHECK_READS = 1024
+"""How often the reader looks whether all chunks are here: a byte per chunk is counted."""
 _WAIT_MARGIN_S = 5.0
 
 FetchDone = Callable[[memoryview | None, BaseException | None], None]
@@ -94,14 +96,22 @@ class BlockReader:
     def read_into(self, view: memoryview, offset: int) -> bool:
         """Fills `view` if all its bytes are local and verified; else changes it or not, and says
         False. The range must lie inside the device. Never waits for the network."""
+        length = len(view)
         if self._readahead is not None and not self._complete:
-            self._read_ahead(offset, len(view))
-        done = 0
-        for span in self._spans(offset, len(view)):
-            if not self._copy(span, view[done : done + span.length]):
+            self._read_ahead(offset, length)
+        part = self._parts[bisect_right(self._bases, offset) - 1]
+        if offset + length <= part.end:  # nearly always: no generator, no slices
+            if not self._copy(part.source, offset - part.base, view):
                 return False
-            done += span.length
+        else:
+            done = 0
+            for span in self._spans(offset, length):
+                if not self._copy(span.source, span.offset, view[done : done + span.length]):
+                    return False
+                done += span.length
         self.statistics.hits += 1
+        if not self.statistics.hits % COMPLETE_CHECK_READS:
+            _ = self.complete  # once it is, readahead's bookkeeping ends
         return True
 
     def fetch(self, offset: int, length: int, done: FetchDone) -> None:
@@ -173,12 +183,12 @@ class BlockReader:
             yield _Span(part.source, offset - part.base, stop - offset)
             offset, number = stop, number + 1
 
-    def _copy(self, span: _Span, view: memoryview) -> bool:
-        if span.source is None:
-            self._copy_metadata(view, span.offset)
-            return True
-        cache = span.source.cache
-        return cache.ready(span.rows) and cache.read_into(view, span.offset)
+    def _copy(self, source: ChunkSource | None, offset: int, view: memoryview) -> bool:
+        """Fills `view` from one part if its bytes are here; `offset` is relative to the part."""
+        if source is not None:
+            return source.cache.read_into(view, offset)
+        self._copy_metadata(view, offset)
+        return True
 
     def _copy_metadata(self, view: memoryview, offset: int) -> None:
         done = 0
@@ -222,7 +232,7 @@ class BlockReader:
         for span in self._spans(offset, length):
             target = view[done : done + span.length]
             if not (self._copy_held(span, target, batch) if batch.held else False) and (
-                not self._copy(span, target)
+                not self._copy(span.source, span.offset, target)
             ):
                 return None
             done += span.length
@@ -243,7 +253,7 @@ class BlockReader:
             held = batch.held.get((cache.id, row))
             if held is not None:
                 target[:] = memoryview(held)[low - start : high - start]
-            elif not self._copy(_Span(span.source, low, high - low), target):
+            elif not self._copy(span.source, low, target):
                 return False
         return True
 
@@ -263,8 +273,6 @@ class BlockReader:
         ]
         if wanted:
             self._fetcher.hint(wanted, Priority.READAHEAD)
-        else:
-            _ = self.complete  # remembers completeness, which ends this bookkeeping
 
     def _batches(self) -> Iterator[tuple[ChunkSource, range]]:
         for part in self._parts:
