@@ -1,6 +1,7 @@
 """Snapshots made by mkfs.erofs instead of our converter: an independent judge of the loader."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -93,7 +94,7 @@ def build_snapshot(
     buffers = [bytearray() for _ in range(packs)]
     pieces = [
         _extent(device, first, last, chunk_blocks, number % packs, buffers[number % packs])
-        for number, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for number, (first, last) in enumerate(itertools.pairwise(cuts))
     ]
     refs = tuple(PackRef(sha256_digest(bytes(b)), len(b)) for b in buffers)
     pack_layers = [_add(blobs, PACK_TYPE, bytes(buffer)) for buffer in buffers]
@@ -142,9 +143,7 @@ def index_manifest(entries: list[tuple[Descriptor, str]]) -> RawManifest:
     for descriptor, architecture in entries:
         entry = _json(descriptor) | {"platform": {"os": "linux", "architecture": architecture}}
         manifests.append(entry | {"artifactType": descriptor.artifact_type})
-    raw = json.dumps(
-        {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": manifests}
-    ).encode()
+    raw = json.dumps({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": manifests}).encode()
     return RawManifest(Descriptor(INDEX_TYPE, sha256_digest(raw), len(raw)), raw)
 
 
@@ -192,9 +191,7 @@ def _config(
     extents, block = [], metadata_blocks
     for extent in chunk_map.extents:
         extents.append(
-            ExtentConfig(
-                extent.diff_id, extent.diff_id, extent.id, block, extent.total_blocks
-            )
+            ExtentConfig(extent.diff_id, extent.diff_id, extent.id, block, extent.total_blocks)
         )
         block += extent.total_blocks
     return SnapshotConfig(
