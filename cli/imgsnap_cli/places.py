@@ -14,7 +14,6 @@ from imgsnap_cli.settings import Settings
 if TYPE_CHECKING:
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
-
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -106,6 +105,48 @@ class Places:
         snapshot = open_snapshot(repository, reference, cache, platform=_platform(platform))
         stack.callback(snapshot.close)
         return snapshot
+
+    def mount_arguments(
+        self, text: str, target: Path, platform: str | None, read_write: bool
+    ) -> "tuple[MountOptions, Callable[[], Repository]]":
+        """For `mount_snapshot`: the repository is opened in the block server's process."""
+        from imgsnap.oci.locate import open_repository, reference_of
+
+        from imgsnap.mount.session import MountOptions
+        from imgsnap.oci.reference import parse_location
+
+        location, registry_options = parse_location(text), self.options()
+        options = MountOptions(
+            reference=reference_of(location),
+            target=target,
+            run_dir=self._settings.run,
+            cache_dir=self._settings.cache,
+            platform=_platform(platform),
+            read_write=read_write,
+        )
+
+        def open_it() -> "Repository":
+            return open_repository(
+                location,
+                registry_options,
+                store=self._settings.store,
+                environ=self._settings.environ,
+            )[0]
+
+        return options, open_it
+
+    def image_config(
+        self, stack: ExitStack, text: str, digest: str
+    ) -> "tuple[SnapshotConfig, bytes]":
+        """The config of the snapshot with this digest, and that of its image."""
+        from imgsnap.blockstore.node_cache import NodeCache
+        from imgsnap.blockstore.snapshot import open_snapshot, read_image_config
+
+        repository, _ = self.reader(stack, text)
+        cache = NodeCache(self._settings.cache)
+        snapshot = open_snapshot(repository, digest, cache)
+        stack.callback(snapshot.close)
+        return snapshot.config, read_image_config(snapshot, cache)
 
     @contextmanager
     def block_reader(self, snapshot: "Snapshot") -> "Iterator[BlockReader]":

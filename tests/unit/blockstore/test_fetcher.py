@@ -282,8 +282,6 @@ def test_sequential_reads_keep_several_ranges_in_flight(tmp_path):
     repository = MemoryRepository(built)
     with open_store(repository, tmp_path, readahead_max=8 * MIB) as store:
         step = 128 * KIB
-        read = b"".join(
-            store.reader.read(at, step) for at in range(0, len(built.device), step)
-        )
+        read = b"".join(store.reader.read(at, step) for at in range(0, len(built.device), step))
         assert read == built.device
         assert store.statistics.readahead.chunks > store.statistics.demand.chunks * 5
