@@ -169,18 +169,16 @@ def test_xattrs_of_many_blocks_and_links_beside_them(scratch: Path) -> None:
 def test_hard_links_into_lower_layers(scratch: Path) -> None:
     layers = [
         Layer({b"a/f": regular(b"one"), b"a/g": Link(b"a/f"), b"b": regular(b"two")}),
-        # Extraction in tar order: link first, then remove or replace the target.
+        # In tar order: the links first, then their targets are removed and replaced.
         Layer(
-            {b"x": Link(b"a/f"), b"y": Link(b"b"), b"b": directory()},
+            {b"x": Link(b"a/f"), b"y": Link(b"b", lower=True), b"b": regular(b"three")},
             whiteouts={b"a"},
         ),
         Layer({b"z": Link(b"y")}),
     ]
-    # The builder takes a name of the same layer for the target, so "y" would be a directory.
-    layers[1].entries.pop(b"b")
-    layers[1].whiteouts.add(b"b")
     kernel = kernel_view(device(layers), scratch)
     assert {path: (facts.nlink, facts.content) for path, facts in kernel.items() if path} == {
+        b"b": (1, b"three"),
         b"x": (1, b"one"),
         b"y": (2, b"two"),
         b"z": (2, b"two"),
