@@ -91,6 +91,8 @@ def _gunzip(stream: _VerifiedStream, head: bytes) -> Iterator[bytes]:
     """Members of a gzip file one after the other, as gunzip does. Raises IntegrityError."""
     from isal import igzip_lib, isal_zlib
 
+    # The package's stubs declare the exception class as an instance.
+    damaged = cast(type[Exception], igzip_lib.IsalError)
     data = head
     while data:
         member = isal_zlib.decompressobj(wbits=31)
@@ -101,7 +103,7 @@ def _gunzip(stream: _VerifiedStream, head: bytes) -> Iterator[bytes]:
                     raise IntegrityError("the gzip stream is cut off")
             try:
                 content = member.decompress(data, 4 * READ_SIZE)
-            except (igzip_lib.IsalError, EOFError) as error:
+            except (damaged, EOFError) as error:
                 raise IntegrityError(f"the gzip stream is damaged: {error}") from error
             data = member.unconsumed_tail
             if member.eof:

@@ -1,0 +1,137 @@
+"""From what the user typed to an open repository; the registry flags that go with it."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from imgsnap.errors import InvalidReference
+from imgsnap_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from imgsnap.blockstore.reader import BlockReader
+    from imgsnap.blockstore.snapshot import Snapshot
+
+    from imgsnap.oci.repository import Platform, Repository, WritableRepository
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_FLAGS = (
+    click.option("--plain-http", is_flag=True, help="Speak http, not https"),
+    click.option("--insecure", is_flag=True, help="Do not verify TLS certificates"),
+    click.option("--ca-file", metavar="FILE", type=click.Path(), help="Trust these CAs"),
+    click.option("--cert-file", metavar="FILE", type=click.Path(), help="Client certificate"),
+    click.option("--key-file", metavar="FILE", type=click.Path(), help="Its key"),
+    click.option("--registry-config", metavar="FILE", type=click.Path(), help="Credentials"),
+    click.option("-H", "--header", "headers", metavar="K:V", multiple=True, help="Extra header"),
+)
+
+platform_option = click.option("--platform", metavar="OS/ARCH", help="Of an index [this machine's]")
+
+
+def registry_flags(function: F) -> F:
+    """Adds the registry flags; the command hands them to `Places` as they come."""
+    for option in reversed(_FLAGS):
+        function = option(function)
+    return function
+
+
+class Places:
+    """Opens what references name; everything opened is closed with the given stack."""
+
+    def __init__(self, settings: Settings, flags: dict[str, Any]) -> None:
+        self._settings = settings
+        self._flags = flags
+
+    def reader(self, stack: ExitStack, text: str) -> "tuple[Repository, str]":
+        """The repository of a reference and its tag or digest."""
+        return self._open(stack, text, create=False)
+
+    def writer(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
+        """As `reader`, for a place to store under a tag.
+
+        Raises InvalidReference for an archive or a digest: neither can be written to.
+        """
+        from imgsnap.oci import reference
+
+        location = reference.parse_location(text)
+        writable = (
+            reference.RegistryLocation,
+            reference.StoreLocation,
+            reference.LayoutLocation,
+        )
+        if not isinstance(location, writable) or location.digest is not None:
+            raise InvalidReference(
+                f"{text!r} cannot be written to",
+                hint="a target is REGISTRY/REPOSITORY[:TAG], store:NAME[:TAG] or oci:DIR[:TAG]",
+            )
+        repository, tag = self._open(stack, text, create=True)
+        return cast("WritableRepository", repository), tag
+
+    def _open(self, stack: ExitStack, text: str, *, create: bool) -> "tuple[Repository, str]":
+        from imgsnap.oci.locate import open_repository
+
+        from imgsnap.oci.reference import parse_location
+
+        repository, reference = open_repository(
+            parse_location(text),
+            self.options(),
+            store=self._settings.store,
+            environ=self._settings.environ,
+            create=create,
+        )
+        stack.enter_context(closing(repository))
+        return repository, reference
+
+    def options(self) -> Any:
+        """The registry flags as the library has them. Raises InvalidArgument."""
+        from imgsnap.oci.locate import RegistryOptions, parse_headers
+
+        flags = dict(self._flags)
+        headers = parse_headers(flags.pop("headers"))
+        for name in ("ca_file", "cert_file", "key_file", "registry_config"):
+            flags[name] = Path(flags[name]) if flags[name] else None
+        return RegistryOptions(headers=headers, **flags)
+
+    def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
+        """The snapshot that a reference names, through the node cache."""
+        from imgsnap.blockstore.node_cache import NodeCache
+        from imgsnap.blockstore.snapshot import open_snapshot
+
+        repository, reference = self.reader(stack, text)
+        cache = NodeCache(self._settings.cache)
+        snapshot = open_snapshot(repository, reference, cache, platform=_platform(platform))
+        stack.callback(snapshot.close)
+        return snapshot
+
+    @contextmanager
+    def block_reader(self, snapshot: "Snapshot") -> "Iterator[BlockReader]":
+        """Reads of a snapshot's device, fetching what the node cache lacks."""
+        from imgsnap.blockstore.attach import attach_reader
+        from imgsnap.blockstore.node_cache import NodeCache
+
+        with attach_reader(snapshot, NodeCache(self._settings.cache)) as reader:
+            yield reader
+
+    def chunk_index_path(self, text: str) -> Path:
+        """Where the chunk index of a target is kept: with a layout, else in the node cache."""
+        from imgsnap.oci.reference import LayoutLocation, RegistryLocation, parse_location
+
+        location = parse_location(text)
+        if isinstance(location, RegistryLocation):
+            name = f"{location.registry}/{location.repository}"
+            digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+            return self._settings.cache / "chunk-index" / digest
+        root = location.path if isinstance(location, LayoutLocation) else self._settings.store
+        return root / "imgsnap" / "chunk-index"
+
+
+def _platform(text: str | None) -> "Platform | None":
+    if text is None:
+        return None
+    from imgsnap.oci.platforms import parse_platform
+
+    return parse_platform(text)
