@@ -103,6 +103,13 @@ def test_no_layers_and_an_empty_layer(scratch: Path) -> None:
         assert (kernel[b""].mtime_ns, kernel[b""].nlink) == (0, 2)
 
 
+def test_inodes_that_fill_a_block_exactly(scratch: Path) -> None:
+    """fsck.erofs reads past the last inode; there must be something to read."""
+    for count in range(35, 48):
+        entries: dict[bytes, Node | Link] = {b"%03d" % n: Node(Kind.FIFO) for n in range(count)}
+        assert len(kernel_view(device([Layer(entries)]), scratch)) == count + 1
+
+
 def acl(*entries: tuple[int, int, int]) -> bytes:
     """A POSIX ACL as the kernel's xattr has it: (tag, permissions, id) each."""
     packed = (struct.pack("<HHI", tag, bits, number) for tag, bits, number in entries)

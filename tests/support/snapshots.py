@@ -142,9 +142,7 @@ def index_manifest(entries: list[tuple[Descriptor, str]]) -> RawManifest:
     for descriptor, architecture in entries:
         entry = _json(descriptor) | {"platform": {"os": "linux", "architecture": architecture}}
         manifests.append(entry | {"artifactType": descriptor.artifact_type})
-    raw = json.dumps(
-        {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": manifests}
-    ).encode()
+    raw = json.dumps({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": manifests}).encode()
     return RawManifest(Descriptor(INDEX_TYPE, sha256_digest(raw), len(raw)), raw)
 
 
@@ -192,9 +190,7 @@ def _config(
     extents, block = [], metadata_blocks
     for extent in chunk_map.extents:
         extents.append(
-            ExtentConfig(
-                extent.diff_id, extent.diff_id, extent.id, block, extent.total_blocks
-            )
+            ExtentConfig(extent.diff_id, extent.diff_id, extent.id, block, extent.total_blocks)
         )
         block += extent.total_blocks
     return SnapshotConfig(
