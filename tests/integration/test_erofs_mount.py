@@ -110,6 +110,29 @@ def test_inodes_that_fill_a_block_exactly(scratch: Path) -> None:
         assert len(kernel_view(device([Layer(entries)]), scratch)) == count + 1
 
 
+def test_directories_and_symlinks_around_a_block(scratch: Path) -> None:
+    """Sizes about where data stops to fit inline (64 bytes below a block) and in one block."""
+    entries: dict[bytes, Node | Link] = {b"!": Node(Kind.FIFO)}
+    for size in [*range(4000, 4040), *range(4085, 4105), *range(8185, 8200)]:
+        top = b"d%d" % size
+        entries[top] = directory()
+        room = size - 27  # two dirents, "." and ".."
+        count = room // 200 + 1
+        for number in range(count):
+            length = room // count + (number < room % count) - 12
+            name = b"%03d" % number + b"x" * (length - 3)
+            entries[top + b"/" + name] = Link(b"!")
+        if size <= 4095:
+            entries[b"s%d" % size] = symlink(b"t" * size)
+    data = device([Layer(entries)])
+    kernel = kernel_view(data, scratch)
+    check_reader(data, kernel)
+    assert sorted(kernel) == sorted({b"", *entries})
+    sizes = {path: inode.size for path, inode in ErofsReader(Bytes(data)).walk()}
+    assert sizes[b"d4096"] == 4096
+    assert sizes[b"d4095"] == 4095
+
+
 def acl(*entries: tuple[int, int, int]) -> bytes:
     """A POSIX ACL as the kernel's xattr has it: (tag, permissions, id) each."""
     packed = (struct.pack("<HHI", tag, bits, number) for tag, bits, number in entries)

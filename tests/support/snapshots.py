@@ -1,6 +1,7 @@
 """Snapshots made by mkfs.erofs instead of our converter: an independent judge of the loader."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -93,7 +94,7 @@ def build_snapshot(
     buffers = [bytearray() for _ in range(packs)]
     pieces = [
         _extent(device, first, last, chunk_blocks, number % packs, buffers[number % packs])
-        for number, (first, last) in enumerate(zip(cuts, cuts[1:], strict=False))
+        for number, (first, last) in enumerate(itertools.pairwise(cuts))
     ]
     refs = tuple(PackRef(sha256_digest(bytes(b)), len(b)) for b in buffers)
     pack_layers = [_add(blobs, PACK_TYPE, bytes(buffer)) for buffer in buffers]
