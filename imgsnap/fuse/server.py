@@ -100,6 +100,8 @@ class FuseServer:
                     if error.errno != errno.ENODEV:
                         _log.error("reading the FUSE device failed: %s", error)
                     return
+                if not count:
+                    return  # a socket in the device's place was closed
                 self._answer(worker, view[:count])
         finally:
             with self._lock:
