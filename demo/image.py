@@ -19,8 +19,8 @@ PROGRAM = """\
 import numpy, flask, yaml
 app = flask.Flask(__name__)
 with app.app_context():
-    text = flask.jsonify(determinant=round(numpy.linalg.det(numpy.eye(3)), 3)).get_data(as_text=True)
-print("ready:", " ".join(text.split()), flush=True)
+    answer = flask.jsonify(determinant=numpy.linalg.det(numpy.eye(3)))
+print("ready:", " ".join(answer.get_data(as_text=True).split()), flush=True)
 """
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 TAG = "latest"
@@ -61,7 +61,7 @@ def unpack(packages: list[Path], root: Path) -> None:
 
 def listing(root: Path) -> set[str]:
     return {
-        os.path.relpath(os.path.join(directory, name), root)
+        str((Path(directory) / name).relative_to(root))
         for directory, directories, files in os.walk(root)
         for name in directories + files
     }

@@ -1,5 +1,6 @@
 """imgsnap cat"""
 
+import sys
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +19,7 @@ from imgsnap_cli.settings import Settings
 @platform_option
 @registry_flags
 @click.pass_obj
-def command(settings: Settings, ref: str, path: str, platform: str | None, **flags: Any) -> None:
+def command(settings: Settings, /, ref: str, path: str, platform: str | None, **flags: Any) -> None:
     """Print the file PATH of the snapshot REF, fetching only its chunks. Symlinks are followed."""
     from imgsnap.formats.erofs_read import ErofsReader
 
@@ -32,6 +33,6 @@ def command(settings: Settings, ref: str, path: str, platform: str | None, **fla
                 f"{path} is a {Kind(inode.kind).name.lower().replace('_', ' ')}, not a file",
                 hint=f"list it with: imgsnap files {ref} {path}",
             )
-        out = click.get_binary_stream("stdout")
+        out = sys.stdout.buffer
         for offset in range(0, inode.size, MIB):
             out.write(reader.read(inode, offset, min(MIB, inode.size - offset)))

@@ -27,6 +27,7 @@ SHOWN = 100
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     ref: str,
     source: str | None,
     work_dir: str | None,

@@ -43,6 +43,7 @@ from imgsnap_cli.settings import Settings
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     source: str,
     target: str,
     platforms: tuple[str, ...],
@@ -108,6 +109,7 @@ def command(
 
 def _options(
     settings: Settings,
+    /,
     compression: str,
     chunk_size: str,
     jobs: int | None,

@@ -19,7 +19,7 @@ _MARKS = {"ok": "ok  ", "warn": "warn", "fail": "FAIL"}
 @format_option
 @registry_flags
 @click.pass_obj
-def command(settings: Settings, ref: str | None, format_: str, **flags: Any) -> int:
+def command(settings: Settings, /, ref: str | None, format_: str, **flags: Any) -> int:
     """Check kernel, file systems, devices and programs; with REF also its registry's ranges.
 
     Exit code 8 when snapshots cannot be mounted here.

@@ -37,6 +37,7 @@ _TYPE_BITS = {
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     ref: str,
     path: str,
     recursive: bool,

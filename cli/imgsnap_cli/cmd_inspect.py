@@ -1,5 +1,6 @@
 """imgsnap inspect"""
 
+import sys
 from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ Frame = tuple[int, int]
 @registry_flags
 @click.pass_obj
 def command(
-    settings: Settings, ref: str, raw: bool, platform: str | None, format_: str, **flags: Any
+    settings: Settings, /, ref: str, raw: bool, platform: str | None, format_: str, **flags: Any
 ) -> None:
     """Show the layers, sizes and chunks of the snapshot REF, fetching only its metadata.
 
@@ -38,7 +39,7 @@ def command(
     with ExitStack() as stack:
         if raw:
             repository, reference = places.reader(stack, ref)
-            click.get_binary_stream("stdout").write(repository.manifest(reference).raw)
+            sys.stdout.buffer.write(repository.manifest(reference).raw)
             return
         value = describe(places.snapshot(stack, ref, platform))
     if format_ == "json":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @registry_flags
 @click.pass_obj
 def command(
-    settings: Settings, repository: str | None, quiet: bool, format_: str, **flags: Any
+    settings: Settings, /, repository: str | None, quiet: bool, format_: str, **flags: Any
 ) -> None:
     """List the snapshots of the local store, or of REPOSITORY (REGISTRY/NAME or oci:DIR)."""
     from imgsnap.errors import NotFound

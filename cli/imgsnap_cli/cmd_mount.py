@@ -20,6 +20,7 @@ from imgsnap_cli.settings import Settings
 @click.pass_obj
 def command(
     settings: Settings,
+    /,
     ref: str,
     directory: Path,
     rw: bool,

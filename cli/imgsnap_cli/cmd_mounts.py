@@ -9,7 +9,7 @@ from imgsnap_cli.settings import Settings
 @click.command(short_help="List mounted snapshots")
 @format_option
 @click.pass_obj
-def command(settings: Settings, format_: str) -> None:
+def command(settings: Settings, /, format_: str) -> None:
     """List the mounted snapshots of this machine."""
     from imgsnap.mount.session import mounts
 

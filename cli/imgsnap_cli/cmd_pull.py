@@ -16,7 +16,7 @@ from imgsnap_cli.settings import Settings
 @progress_option
 @registry_flags
 @click.pass_obj
-def command(settings: Settings, ref: str, name: str | None, progress: str, **flags: Any) -> None:
+def command(settings: Settings, /, ref: str, name: str | None, progress: str, **flags: Any) -> None:
     """Copy the whole snapshot REF to the local store, as store:NAME.
 
     Without NAME it keeps the repository's own name and tag. To fill the node's cache instead, use

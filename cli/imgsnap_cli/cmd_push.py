@@ -16,7 +16,7 @@ from imgsnap_cli.settings import Settings
 @progress_option
 @registry_flags
 @click.pass_obj
-def command(settings: Settings, name: str, target: str, progress: str, **flags: Any) -> None:
+def command(settings: Settings, /, name: str, target: str, progress: str, **flags: Any) -> None:
     """Copy the snapshot store:NAME to TARGET; blobs that TARGET has are not sent again.
 
     \b

@@ -25,7 +25,7 @@ from imgsnap_cli.settings import Settings
 @registry_flags
 @click.pass_obj
 def command(
-    settings: Settings, ref: str, cmd: tuple[str, ...], platform: str | None, **flags: Any
+    settings: Settings, /, ref: str, cmd: tuple[str, ...], platform: str | None, **flags: Any
 ) -> int:
     """Run the command of the image behind REF, or CMD after --, in a writable view of it.
 

@@ -13,7 +13,7 @@ from imgsnap_cli.settings import Settings
 @click.option("--all", "all_", is_flag=True, help="Every mounted snapshot")
 @click.option("--lazy", is_flag=True, help="Detach now, clean up when the last user is gone")
 @click.pass_obj
-def command(settings: Settings, directories: tuple[Path, ...], all_: bool, lazy: bool) -> None:
+def command(settings: Settings, /, directories: tuple[Path, ...], all_: bool, lazy: bool) -> None:
     """Unmount snapshots and remove everything their mounts made; the cache stays."""
     from imgsnap.mount.session import mounts, unmount
 

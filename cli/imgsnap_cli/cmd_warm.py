@@ -18,7 +18,7 @@ from imgsnap_cli.settings import Settings
 @registry_flags
 @click.pass_obj
 def command(
-    settings: Settings, ref: str, platform: str | None, progress: str, **flags: Any
+    settings: Settings, /, ref: str, platform: str | None, progress: str, **flags: Any
 ) -> None:
     """Fetch and verify every chunk of the snapshot REF into the node's cache."""
     places = Places(settings, flags)

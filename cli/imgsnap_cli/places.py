@@ -14,6 +14,8 @@ from imgsnap_cli.settings import Settings
 if TYPE_CHECKING:
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
+    from imgsnap.formats.snapshot_config import SnapshotConfig
+    from imgsnap.mount.session import MountOptions
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -22,9 +22,41 @@ from imgsnap.oci.image_config import RunConfig
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ACCOUNT_FILE_MAX = 4 << 20
 
-_CAPABILITIES = ["CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD", "CAP_NET_BIND_SERVICE", "CAP_NET_RAW", "CAP_SETFCAP", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_CHROOT"]
-_MASKED = ["/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware"]
-_READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
+_CAPABILITIES = (
+    "CAP_AUDIT_WRITE",
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_MKNOD",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_RAW",
+    "CAP_SETFCAP",
+    "CAP_SETGID",
+    "CAP_SETPCAP",
+    "CAP_SETUID",
+    "CAP_SYS_CHROOT",
+)
+_MASKED = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+)
+_READ_ONLY = (
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +128,8 @@ def run(root: Path, command: Command, bundle: Path, name: str) -> int:
 def runtime_spec(root: Path, command: Command) -> dict[str, Any]:
     """The bundle's config.json."""
     identity = command.identity
-    sets = {"bounding": _CAPABILITIES, "effective": _CAPABILITIES, "permitted": _CAPABILITIES}
+    capabilities = list(_CAPABILITIES)
+    sets = dict.fromkeys(("bounding", "effective", "permitted"), capabilities)
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -109,7 +142,7 @@ def runtime_spec(root: Path, command: Command) -> dict[str, Any]:
             "args": list(command.args),
             "env": list(command.env),
             "cwd": command.cwd,
-            "capabilities": sets if identity.uid == 0 else {"bounding": _CAPABILITIES},
+            "capabilities": sets if identity.uid == 0 else {"bounding": capabilities},
             "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1 << 16, "soft": 1 << 10}],
             "noNewPrivileges": False,
         },
@@ -118,8 +151,8 @@ def runtime_spec(root: Path, command: Command) -> dict[str, Any]:
         "mounts": _mounts(),
         "linux": {
             "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount")],
-            "maskedPaths": _MASKED,
-            "readonlyPaths": _READ_ONLY,
+            "maskedPaths": list(_MASKED),
+            "readonlyPaths": list(_READ_ONLY),
             "resources": {"devices": _devices()},
         },
     }
@@ -164,7 +197,9 @@ def _mount(target: str, kind: str, source: str, options: list[str]) -> dict[str,
 
 _PREPARE = """\
 set -e; "$1" -t proc proc "$2/proc"; "$1" -t tmpfs -o mode=755,nosuid tmpfs "$2/dev"
-for n in null zero full random urandom tty; do : >"$2/dev/$n"; "$1" --bind "/dev/$n" "$2/dev/$n"; done
+for n in null zero full random urandom tty; do
+    : >"$2/dev/$n"; "$1" --bind "/dev/$n" "$2/dev/$n"
+done
 shift 2; exec "$@"
 """
 """$1: mount(8), $2: the root; then the command."""
