@@ -221,7 +221,7 @@ def _from_entry(entry: dict[str, Any], record: str) -> Credentials | None:
         if not colon:
             raise FormatError(record, "auth", 0, "is not base64 of USER:PASSWORD")
         return Credentials(username, password.rstrip("\0"))
-    username, password = entry.get("username"), entry.get("password")
-    if isinstance(username, str) and isinstance(password, str) and username:
-        return Credentials(username, password)
+    plain = entry.get("username"), entry.get("password")
+    if isinstance(plain[0], str) and isinstance(plain[1], str) and plain[0]:
+        return Credentials(plain[0], plain[1])
     return None
