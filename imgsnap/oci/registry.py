@@ -187,7 +187,7 @@ class RegistryRepository:
 
     def referrers(self, subject: Digest, artifact_type: str) -> list[Descriptor]:
         """Manifests whose `subject` is this digest, of this artifact type ("" for every type)."""
-        return self._referrers.list(subject, artifact_type)
+        return self._referrers.of(subject, artifact_type)
 
     def put_blob(self, descriptor: Descriptor, path: Path) -> None:
         """Uploads a file unless the registry has the blob. Raises InvalidArgument for its size."""
@@ -256,7 +256,7 @@ def next_page(response: Response) -> str | None:
     match = _LINK.search(response.headers.get("link", "")[:16384])
     if not match:
         return None
-    target = urljoin(response.url, match[1])
+    target: str = urljoin(response.url, match[1])
     if not same_origin(target, response.url):
         raise Unavailable(f"{redact(response.url)}: the next page is on another server")
     return target

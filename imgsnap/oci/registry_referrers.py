@@ -47,7 +47,7 @@ class ReferrerLists:
     def __init__(self, repository: "RegistryRepository") -> None:
         self._repository = repository
 
-    def list(self, subject: Digest, artifact_type: str) -> list[Descriptor]:
+    def of(self, subject: Digest, artifact_type: str) -> list[Descriptor]:
         """Referrers of a type ("" for all), in the registry's order, without duplicates.
 
         Filters here as well: OCI-Filters-Applied is a courtesy, and some servers that send it
@@ -87,7 +87,7 @@ class ReferrerLists:
                 hint="push one referrer at a time, or use a registry with the referrers API",
             )
 
-    def _from_api(self, subject: Digest, artifact_type: str) -> "list[Descriptor] | None":
+    def _from_api(self, subject: Digest, artifact_type: str) -> list[Descriptor] | None:
         """All pages of the API's answer; None when the registry lacks the API."""
         repository = self._repository
         target = repository.url("referrers", subject)
