@@ -66,3 +66,8 @@ def remove_name(index: Index, name: str) -> list[dict[str, Any]]:
     removed = [entry for entry in index["manifests"] if ref_name(entry) == name]
     index["manifests"] = [entry for entry in index["manifests"] if ref_name(entry) != name]
     return removed
+
+
+def digests_named(index: Index, name: str) -> list[str]:
+    """The digests of the entries with this layout name; one, unless the index is odd."""
+    return [entry["digest"] for entry in index["manifests"] if ref_name(entry) == name]

@@ -125,6 +125,8 @@ class LayoutRepository(LocalReader):
         return found
 
     def _move_name(self, index: index_edit.Index, entry: Descriptor, tag: str) -> None:
+        if index_edit.digests_named(index, tag) == [entry.digest]:
+            return  # As it is: an entry may carry members that other tools added.
         removed = index_edit.remove_name(index, tag)
         index_edit.add(index, entry, ref_name=tag)
         self._keep_referrers(index, removed)

@@ -169,7 +169,7 @@ class LayoutFiles:
         """Removes temporary files that a crash left behind more than a day ago."""
         oldest_s = time.time() - STALE_AFTER_S
         with translated(self.path, f"image layout {self.path}"):
-            for name in os.listdir(self._blobs):
+            for name in os.listdir(self._blobs):  # noqa: PTH208  (a descriptor, not a path)
                 if name.startswith(_TEMP_PREFIX):
                     with suppress(FileNotFoundError):
                         if os.lstat(name, dir_fd=self._blobs).st_mtime < oldest_s:
@@ -299,7 +299,9 @@ def _create(path: Path) -> None:
     if (path / "oci-layout").exists():
         return
     ours = {"index.json", "blobs", "oci-layout", _LOCK_NAME}
-    if any(name not in ours and not name.startswith(_TEMP_PREFIX) for name in os.listdir(path)):
+    if any(
+        item.name not in ours and not item.name.startswith(_TEMP_PREFIX) for item in path.iterdir()
+    ):
         raise InvalidArgument(
             f"{path} holds other files and is no OCI image layout", hint="name an empty directory"
         )

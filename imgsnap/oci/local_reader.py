@@ -199,7 +199,7 @@ class LocalReader:
         return document.manifests if isinstance(document, ImageIndex) else ()
 
     def _referrer(self, entry: Descriptor) -> tuple[Digest | None, Descriptor]:
-        """The subject of an entry, read from the manifest: other tools drop what index.json adds."""
+        """The subject of an entry, from the manifest: other tools drop what index.json adds."""
         with self._lock:
             cached = self._referrer_cache.get(entry.digest)
         if cached is not None:

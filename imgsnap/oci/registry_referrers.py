@@ -6,6 +6,7 @@ tag ``sha256-<hex>``, which clients keep up to date themselves.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -53,9 +54,8 @@ class ReferrerLists:
         Filters here as well: OCI-Filters-Applied is a courtesy, and some servers that send it
         filter by the config's media type only.
         """
-        entries = self._from_api(subject, artifact_type)
-        if entries is None:
-            entries = self._from_tag(subject)
+        listed = self._from_api(subject, artifact_type)
+        entries: Sequence[Descriptor] = self._from_tag(subject) if listed is None else listed
         found: dict[Digest, Descriptor] = {}
         for entry in entries:
             typed = entry if entry.artifact_type else self._with_type(entry)
@@ -111,7 +111,7 @@ class ReferrerLists:
             target = following
         return entries
 
-    def _from_tag(self, subject: Digest) -> tuple[Descriptor, ...]:
+    def _from_tag(self, subject: Digest) -> Sequence[Descriptor]:
         tag = fallback_tag(subject)
         try:
             _, document = self._repository.manifest_document(tag)
