@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from imgsnap.errors import InvalidReference
+from imgsnap.errors import InvalidArgument, InvalidReference
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
     from imgsnap.mount.session import MountOptions
+    from imgsnap.oci.locate import RepositoryOpener
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -41,18 +42,27 @@ def registry_flags(function: F) -> F:
 
 
 class Places:
-    """Opens what references name; everything opened is closed with the given stack."""
+    """Opens what references name; everything opened is closed with the given stack.
+
+    Repositories of one registry share connections and tokens, so that blobs can be mounted from
+    one to the other.
+    """
 
     def __init__(self, settings: Settings, flags: dict[str, Any]) -> None:
         self._settings = settings
-        self._flags = flags
+        self._options = _registry_options(flags)
+        self._opener: RepositoryOpener | None = None
 
     def reader(self, stack: ExitStack, text: str) -> "tuple[Repository, str]":
         """The repository of a reference and its tag or digest."""
-        return self._open(stack, text, create=False)
+        from imgsnap.oci.reference import parse_location
+
+        opened = self._shared(stack).open(parse_location(text))
+        stack.enter_context(closing(opened.repository))
+        return opened.repository, opened.reference
 
     def writer(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
-        """As `reader`, for a place to store under a tag.
+        """As `reader`, for a place to store under a tag; a missing layout is made.
 
         Raises InvalidReference for an archive or a digest: neither can be written to.
         """
@@ -69,33 +79,21 @@ class Places:
                 f"{text!r} cannot be written to",
                 hint="a target is REGISTRY/REPOSITORY[:TAG], store:NAME[:TAG] or oci:DIR[:TAG]",
             )
-        repository, tag = self._open(stack, text, create=True)
-        return cast("WritableRepository", repository), tag
+        opened = self._shared(stack).open(location, create=True)
+        stack.enter_context(closing(opened.repository))
+        return opened.writable, opened.reference
 
-    def _open(self, stack: ExitStack, text: str, *, create: bool) -> "tuple[Repository, str]":
-        from imgsnap.oci.locate import open_repository
+    def _shared(self, stack: ExitStack) -> "RepositoryOpener":
+        if self._opener is None:
+            self._opener = self._new_opener()
+            stack.callback(self._opener.close)
+        return self._opener
 
-        from imgsnap.oci.reference import parse_location
+    def _new_opener(self) -> "RepositoryOpener":
+        from imgsnap.oci.locate import RegistryOptions, RepositoryOpener
 
-        repository, reference = open_repository(
-            parse_location(text),
-            self.options(),
-            store=self._settings.store,
-            environ=self._settings.environ,
-            create=create,
-        )
-        stack.enter_context(closing(repository))
-        return repository, reference
-
-    def options(self) -> Any:
-        """The registry flags as the library has them. Raises InvalidArgument."""
-        from imgsnap.oci.locate import RegistryOptions, parse_headers
-
-        flags = dict(self._flags)
-        headers = parse_headers(flags.pop("headers"))
-        for name in ("ca_file", "cert_file", "key_file", "registry_config"):
-            flags[name] = Path(flags[name]) if flags[name] else None
-        return RegistryOptions(headers=headers, **flags)
+        options = RegistryOptions(**self._options)
+        return RepositoryOpener(options, store=self._settings.store, environ=self._settings.environ)
 
     def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
         """The snapshot that a reference names, through the node cache."""
@@ -112,30 +110,24 @@ class Places:
         self, text: str, target: Path, platform: str | None, read_write: bool
     ) -> "tuple[MountOptions, Callable[[], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
-        from imgsnap.oci.locate import open_repository, reference_of
-
         from imgsnap.mount.session import MountOptions
-        from imgsnap.oci.reference import parse_location
+        from imgsnap.oci.reference import RegistryLocation, parse_location
 
-        location, registry_options = parse_location(text), self.options()
+        location = parse_location(text)
+        if isinstance(location, RegistryLocation):
+            reference = location.reference
+        else:
+            with ExitStack() as stack:  # a layout with one image needs no tag
+                _, reference = self.reader(stack, text)
         options = MountOptions(
-            reference=reference_of(location),
+            reference=reference,
             target=target,
             run_dir=self._settings.run,
             cache_dir=self._settings.cache,
             platform=_platform(platform),
             read_write=read_write,
         )
-
-        def open_it() -> "Repository":
-            return open_repository(
-                location,
-                registry_options,
-                store=self._settings.store,
-                environ=self._settings.environ,
-            )[0]
-
-        return options, open_it
+        return options, lambda: self._new_opener().open(location).repository
 
     def image_config(
         self, stack: ExitStack, text: str, digest: str
@@ -170,6 +162,21 @@ class Places:
             return self._settings.cache / "chunk-index" / digest
         root = location.path if isinstance(location, LayoutLocation) else self._settings.store
         return root / "imgsnap" / "chunk-index"
+
+
+def _registry_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """The registry flags as `RegistryOptions` has them. Raises InvalidArgument."""
+    options = {name: flags[name] for name in ("plain_http", "insecure")}
+    for name in ("ca_file", "cert_file", "key_file", "registry_config"):
+        options[name] = Path(flags[name]) if flags[name] else None
+    headers = []
+    for text in flags["headers"]:
+        key, colon, value = text.partition(":")
+        if not colon or not key.strip():
+            raise InvalidArgument(f"header {text!r} is not NAME:VALUE")
+        headers.append((key.strip(), value.strip()))
+    options["headers"] = tuple(headers)
+    return options
 
 
 def _platform(text: str | None) -> "Platform | None":
