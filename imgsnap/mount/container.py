@@ -143,7 +143,6 @@ def runtime_spec(root: Path, command: Command) -> dict[str, Any]:
             "env": list(command.env),
             "cwd": command.cwd,
             "capabilities": sets if identity.uid == 0 else {"bounding": capabilities},
-            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1 << 16, "soft": 1 << 10}],
             "noNewPrivileges": False,
         },
         "root": {"path": str(root), "readonly": False},
