@@ -15,7 +15,7 @@ from imgsnap.formats.chunk_map_codec import CHUNK_MAP_SIZE_MAX, decode
 from imgsnap.formats.frame import decompress, decompress_exact
 from imgsnap.formats.snapshot_config import CONFIG_SIZE_MAX, SnapshotConfig, parse_config
 from imgsnap.oci.repository import Descriptor, Platform, Repository
-from imgsnap.units import BLOCK_SIZE, GIB
+from imgsnap.units import BLOCK_SIZE, GIB, MIB
 
 METADATA_BLOB_SIZE_MAX = GIB + (GIB >> 8)
 """METADATA_BLOCKS_MAX of the config, and what zstd adds to bytes it cannot compress."""
@@ -71,6 +71,24 @@ def open_snapshot(
         metadata.close()
         raise
     return Snapshot(repository, reference, manifest, config, chunk_map, metadata, resolution.stale)
+
+
+IMAGE_CONFIG_SIZE_MAX = 8 * MIB
+
+
+def read_image_config(snapshot: Snapshot, cache: NodeCache) -> bytes:
+    """The source image's config, which the snapshot carries: command, environment, user.
+
+    Raises NotFound for a snapshot without one.
+    """
+    descriptor = snapshot.manifest.image_config
+    if descriptor is None:
+        raise NotFound(f"snapshot {snapshot.manifest.digest} carries no image config")
+    raw = cache.load_blob(descriptor.digest)
+    if raw is None:
+        raw = _getter(snapshot.repository, descriptor, IMAGE_CONFIG_SIZE_MAX)()
+        cache.store_blob(descriptor.digest, raw)
+    return raw
 
 
 def _load_parts(

@@ -92,7 +92,7 @@ def _compare_entry(
         ("mode", oct(inode.mode), oct(node.mode)),
         ("owner", (inode.uid, inode.gid), (node.uid, node.gid)),
         ("mtime", (inode.mtime, inode.nsec), node.mtime),
-        ("xattrs", reader.xattrs(inode), dict(node.xattrs)),
+        ("xattrs", reader.xattrs(inode), node.xattrs),
     ]
     if node.kind == Kind.SYMLINK:
         pairs.append(("target", reader.readlink(inode), node.target))

@@ -71,6 +71,7 @@ class Placement:
     formats: array[int] = field(default_factory=lambda: array("I"))  # with xattr_count << 16
     sizes: array[int] = field(default_factory=lambda: array("Q"))
     xattrs: dict[int, bytes] = field(default_factory=dict)  # bodies by inode number
+    bodies: dict[int, bytes] = field(default_factory=dict)  # the same by set
     inline: dict[int, int] = field(default_factory=dict)  # byte offset of inline data
     data: dict[int, int] = field(default_factory=dict)  # first data block behind the inodes
     inode_bytes: int = _FIRST_INODE  # end of the last inode
@@ -188,6 +189,16 @@ def place_inodes(rows: Rows, numbering: Numbering) -> Placement:
     return place
 
 
+def _xattr_body(rows: Rows, numbering: Numbering, place: Placement, number: int) -> bytes:
+    """Encoded once for each set: a labelled image has few sets and an xattr on every inode."""
+    chosen = rows.xattrs[numbering.rows[number]]
+    body = place.bodies.get(chosen)
+    if body is None:
+        body = encode_xattrs(rows.xattr_sets[chosen], lambda: _path(numbering, number))
+        place.bodies[chosen] = body
+    return body
+
+
 def _place_complex(
     rows: Rows, numbering: Numbering, place: Placement, number: int, position: int
 ) -> int:
@@ -200,8 +211,7 @@ def _place_complex(
     kind = rows.kind[row]
     body = b""
     if rows.xattrs[row]:
-        xattrs = rows.xattr_sets[rows.xattrs[row]]
-        body = place.xattrs[number] = encode_xattrs(xattrs, lambda: _path(numbering, number))
+        body = place.xattrs[number] = _xattr_body(rows, numbering, place, number)
     size = rows.size[row]
     head = INODE_SIZE + len(body)
     tail = 0

@@ -82,7 +82,8 @@ def emit(tree: Tree) -> ErofsMetadata:
 
 
 def _assemble(tree: Tree, rows: Rows, numbering: Numbering, place: Placement) -> ErofsMetadata:
-    data_start = blocks_for(place.inode_bytes)
+    # fsck.erofs 1.5 reads an xattr header behind every inode, even behind the last one of a device.
+    data_start = blocks_for(place.inode_bytes + erofs.XATTR_HEADER.size)
     metadata_blocks = data_start + place.data_blocks
     ends = list(accumulate((layer.extent_blocks for layer in tree.layers), initial=metadata_blocks))
     total_blocks = ends.pop()

@@ -209,16 +209,20 @@ class LayerBuilder:
         records: dict[bytes, DirectoryRecord] = {b"": DirectoryRecord(b"")}
 
         def ensure(path: bytes) -> DirectoryRecord:
+            """The record of a directory; it and its parents are made if need be."""
             record = records.get(path)
-            if record is None:
-                node = nodes.get(path)
+            if record is not None:
+                return record
+            parent = path
+            while parent not in records:
+                node = nodes.get(parent)
                 if node is not None and (
                     isinstance(node, _LowerLink) or node.entry.kind != Kind.DIRECTORY
                 ):
-                    raise FormatError(RECORD, "entry", 0, f"{path[:200]!r} is not a directory")
-                ensure(path.rpartition(b"/")[0])
-                record = records[path] = DirectoryRecord(path)
-            return record
+                    raise FormatError(RECORD, "entry", 0, f"{parent[:200]!r} is not a directory")
+                records[parent] = DirectoryRecord(parent)
+                parent = parent.rpartition(b"/")[0]
+            return records[path]
 
         for path, node in nodes.items():
             if isinstance(node, _Inode) and node.entry.kind == Kind.DIRECTORY:

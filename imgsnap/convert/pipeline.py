@@ -201,15 +201,15 @@ class Conversion:
         artifacts: dict[Digest, LayerArtifact],
         reports: dict[Digest, LayerReport],
     ) -> None:
-        # One layer more than there are ingest threads, so that packing never waits for a fetch
-        # that could have begun; the bound is what the spooled tars take on disk.
-        window = self._options.jobs + 1
-        spooled: list[Future[tuple[BuiltLayer, Path]]] = []
+        # The largest layer takes longest to fetch and decompress, which one core does: it goes
+        # first, and the others are packed meanwhile. Packing keeps the order of the layers.
+        spooled: dict[Digest, Future[tuple[BuiltLayer, Path]]] = {
+            layer.diff_id: self._ingest.submit(self._spool, source, layer)
+            for layer in sorted(missing, key=lambda layer: -layer.descriptor.size)
+        }
         published: list[tuple[LayerSource, PackedLayer, Future[LayerArtifact]]] = []
-        for number, layer in enumerate(missing):
-            while len(spooled) < min(number + window, len(missing)):
-                spooled.append(self._ingest.submit(self._spool, source, missing[len(spooled)]))
-            built, tar = spooled[number].result()
+        for layer in missing:
+            built, tar = spooled.pop(layer.diff_id).result()
             packed = self._pack(layer, built, tar)
             future = self._transfer.submit(self._publish, layer, built, packed)
             published.append((layer, packed, future))

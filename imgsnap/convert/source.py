@@ -1,7 +1,6 @@
 """The source image: which manifest is meant, its config, its layers."""
 
 import hashlib
-import platform as host
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +10,13 @@ from imgsnap.convert.limits import Limits
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import FormatError, InvalidArgument, NotFound, Unsupported
 from imgsnap.oci import media_types
-from imgsnap.oci.manifest import (
-    ImageIndex,
-    ImageManifest,
-    parse_document,
-    parse_json_object,
-    parse_manifest,
-)
+from imgsnap.oci.manifest import ImageIndex, ImageManifest, parse_document, parse_json_object
+from imgsnap.oci.platforms import host_platform, matches
 from imgsnap.oci.repository import Descriptor, Platform, RawManifest, Repository
 from imgsnap.units import MIB
 
 IMAGE_CONFIG_SIZE_MAX = 8 * MIB
 CONFIG = "image config"
-
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386"}
-_DEFAULT_VARIANT = {"arm64": "v8", "arm": "v7"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +42,6 @@ class SourceImage:
         return chain
 
 
-def this_platform() -> Platform:
-    """linux on this machine's architecture."""
-    machine = host.machine()
-    return Platform("linux", _ARCHITECTURES.get(machine, machine))
-
-
-def parse_platform(text: str) -> Platform:
-    """``os/architecture[/variant]``. Raises InvalidArgument."""
-    parts = text.split("/")
-    if not 2 <= len(parts) <= 3 or not all(parts):
-        raise InvalidArgument(
-            f"platform {text!r} is not OS/ARCHITECTURE[/VARIANT]", hint="for example linux/arm64"
-        )
-    return Platform(parts[0], _ARCHITECTURES.get(parts[1], parts[1]), "".join(parts[2:]))
-
-
-def matches(wanted: Platform, offered: Platform) -> bool:
-    """Whether an image for `offered` is what somebody who asks for `wanted` means."""
-    if (wanted.os, wanted.architecture) != (offered.os, offered.architecture):
-        return False
-    default = _DEFAULT_VARIANT.get(wanted.architecture, "")
-    return not wanted.variant or wanted.variant == (offered.variant or default)
-
-
 def select_images(
     repository: Repository,
     reference: str,
@@ -93,7 +60,7 @@ def select_images(
     if isinstance(document, ImageManifest):
         image = _read_image(repository, top, document, limits)
         for wanted in platforms:
-            if not matches(wanted, image.platform):
+            if not matches(image.platform, wanted):
                 raise NotFound(
                     f"{repository.name}: the image is for {image.platform}, not {wanted}"
                 )
@@ -115,12 +82,12 @@ def _is_image(entry: Descriptor) -> bool:
 
 def _default(entries: Sequence[Descriptor]) -> list[Platform]:
     only = entries[0].platform if len(entries) == 1 else None
-    return [only or this_platform()]
+    return [only or host_platform()]
 
 
 def _choose(repository: Repository, entries: Sequence[Descriptor], wanted: Platform) -> Descriptor:
     for entry in entries:
-        if entry.platform is not None and matches(wanted, entry.platform):
+        if entry.platform is not None and matches(entry.platform, wanted):
             return entry
     if len(entries) == 1 and entries[0].platform is None:
         return entries[0]
@@ -182,9 +149,3 @@ def _platform(config: dict[str, Any]) -> Platform:
         if not isinstance(text, str) or len(text) > 64:
             raise FormatError(CONFIG, name, 0, "is not a short string")
     return Platform(texts[0] or "linux", texts[1], texts[2])
-
-
-def image_of(repository: Repository, digest: Digest, limits: Limits) -> SourceImage:
-    """The image with this manifest digest."""
-    raw = repository.manifest(digest)
-    return _read_image(repository, raw, parse_manifest(raw.raw), limits)

@@ -69,14 +69,22 @@ _SPACES = sum(b" " * 8)
 
 def _number(raw: bytes, field: str, offset: int) -> int:
     """Octal text, or GNU base-256 when the first bit is set (may be negative)."""
+    text = raw.strip(b"\0 ")
+    if text.isdigit():
+        try:
+            return int(text, 8)
+        except ValueError:
+            pass  # an 8 or a 9
+    if not text:
+        return 0
+    if raw[0] == 0xFF:
+        return int.from_bytes(raw, "big", signed=True)
     if raw[0] & 0x80:
-        value = int.from_bytes(raw, "big", signed=True) if raw[0] == 0xFF else 0
-        return value or int.from_bytes(bytes([raw[0] & 0x7F]) + raw[1:], "big")
-    text = raw.split(b"\0", 1)[0].strip(b" ")
-    try:
-        return int(text, 8) if text else 0
-    except ValueError:
-        raise FormatError(RECORD, field, offset, f"{raw!r} is not octal") from None
+        return int.from_bytes(bytes([raw[0] & 0x7F]) + raw[1:], "big")
+    text = raw.split(b"\0", 1)[0].strip(b" ")  # some writers leave rubbish after the NUL
+    if text.isdigit() and not set(text) & {0x38, 0x39}:
+        return int(text, 8)
+    raise FormatError(RECORD, field, offset, f"{raw!r} is not octal")
 
 
 def normalise(path: bytes, offset: int, *, strip_root: bool) -> bytes:
@@ -90,12 +98,13 @@ def normalise(path: bytes, offset: int, *, strip_root: bool) -> bytes:
         raise FormatError(RECORD, "name", offset, f"{path[:200]!r} holds a NUL")
     if len(path) > PATH_MAX:
         raise FormatError(RECORD, "name", offset, f"is {len(path)} bytes, over {PATH_MAX}")
-    parts = [part for part in path.split(b"/") if part and part != b"."]
-    for part in parts:
-        if part == b"..":
-            raise FormatError(RECORD, "name", offset, f"{path[:200]!r} holds '..'")
-        if len(part) > NAME_MAX:
-            raise FormatError(RECORD, "name", offset, f"a component is over {NAME_MAX} bytes")
+    parts = path.split(b"/")
+    if b"" in parts or b"." in parts:
+        parts = [part for part in parts if part and part != b"."]
+    if b".." in parts:
+        raise FormatError(RECORD, "name", offset, f"{path[:200]!r} holds '..'")
+    if len(path) > NAME_MAX and any(len(part) > NAME_MAX for part in parts):
+        raise FormatError(RECORD, "name", offset, f"a component is over {NAME_MAX} bytes")
     return b"/".join(parts)
 
 

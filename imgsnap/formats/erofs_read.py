@@ -85,6 +85,10 @@ class ErofsReader:
         self.superblock = erofs.parse_superblock(
             self._read(0, BLOCK_SIZE, "superblock") if device.size >= BLOCK_SIZE else b""
         )
+        blocks = self.superblock.blocks
+        if blocks * BLOCK_SIZE > device.size:
+            problem = f"{blocks} blocks on a device of {device.size} bytes"
+            raise FormatError("EROFS superblock", "blocks", erofs.SUPER_OFFSET + 36, problem)
         self._meta = self.superblock.meta_block * BLOCK_SIZE
 
     @property

@@ -103,6 +103,36 @@ def test_no_layers_and_an_empty_layer(scratch: Path) -> None:
         assert (kernel[b""].mtime_ns, kernel[b""].nlink) == (0, 2)
 
 
+def test_inodes_that_fill_a_block_exactly(scratch: Path) -> None:
+    """fsck.erofs reads past the last inode; there must be something to read."""
+    for count in range(35, 48):
+        entries: dict[bytes, Node | Link] = {b"%03d" % n: Node(Kind.FIFO) for n in range(count)}
+        assert len(kernel_view(device([Layer(entries)]), scratch)) == count + 1
+
+
+def test_directories_and_symlinks_around_a_block(scratch: Path) -> None:
+    """Sizes about where data stops to fit inline (64 bytes below a block) and in one block."""
+    entries: dict[bytes, Node | Link] = {b"!": Node(Kind.FIFO)}
+    for size in [*range(4000, 4040), *range(4085, 4105), *range(8185, 8200)]:
+        top = b"d%d" % size
+        entries[top] = directory()
+        room = size - 27  # two dirents, "." and ".."
+        count = room // 200 + 1
+        for number in range(count):
+            length = room // count + (number < room % count) - 12
+            name = b"%03d" % number + b"x" * (length - 3)
+            entries[top + b"/" + name] = Link(b"!")
+        if size <= 4095:
+            entries[b"s%d" % size] = symlink(b"t" * size)
+    data = device([Layer(entries)])
+    kernel = kernel_view(data, scratch)
+    check_reader(data, kernel)
+    assert sorted(kernel) == sorted({b"", *entries})
+    sizes = {path: inode.size for path, inode in ErofsReader(Bytes(data)).walk()}
+    assert sizes[b"d4096"] == 4096
+    assert sizes[b"d4095"] == 4095
+
+
 def acl(*entries: tuple[int, int, int]) -> bytes:
     """A POSIX ACL as the kernel's xattr has it: (tag, permissions, id) each."""
     packed = (struct.pack("<HHI", tag, bits, number) for tag, bits, number in entries)
@@ -169,18 +199,16 @@ def test_xattrs_of_many_blocks_and_links_beside_them(scratch: Path) -> None:
 def test_hard_links_into_lower_layers(scratch: Path) -> None:
     layers = [
         Layer({b"a/f": regular(b"one"), b"a/g": Link(b"a/f"), b"b": regular(b"two")}),
-        # Extraction in tar order: link first, then remove or replace the target.
+        # In tar order: the links first, then their targets are removed and replaced.
         Layer(
-            {b"x": Link(b"a/f"), b"y": Link(b"b"), b"b": directory()},
+            {b"x": Link(b"a/f"), b"y": Link(b"b", lower=True), b"b": regular(b"three")},
             whiteouts={b"a"},
         ),
         Layer({b"z": Link(b"y")}),
     ]
-    # The builder takes a name of the same layer for the target, so "y" would be a directory.
-    layers[1].entries.pop(b"b")
-    layers[1].whiteouts.add(b"b")
     kernel = kernel_view(device(layers), scratch)
     assert {path: (facts.nlink, facts.content) for path, facts in kernel.items() if path} == {
+        b"b": (1, b"three"),
         b"x": (1, b"one"),
         b"y": (2, b"two"),
         b"z": (2, b"two"),

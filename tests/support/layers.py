@@ -33,6 +33,7 @@ class Link:
     """A hard link to a path of the same layer or, if it has none, of a lower layer."""
 
     target: bytes
+    lower: bool = False  # of a lower layer even if this one has the path too
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Layer:
     entries: dict[bytes, Node | Link] = field(default_factory=dict)
     whiteouts: set[bytes] = field(default_factory=set)
     opaque: set[bytes] = field(default_factory=set)
+    label: str = ""  # makes the diffID, in place of the content
 
 
 @dataclass
@@ -84,7 +86,8 @@ def build_all(layers: list[Layer]) -> list[BuiltLayer]:
 
 
 def _diff_id(layer: Layer) -> Digest:
-    text = repr((sorted(layer.entries.items()), sorted(layer.whiteouts), sorted(layer.opaque)))
+    facts = (sorted(layer.entries.items()), sorted(layer.whiteouts), sorted(layer.opaque))
+    text = layer.label or repr(facts)
     return Digest("sha256:" + hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -133,11 +136,11 @@ def _directories(index: LayerIndex, layer: Layer, rows: dict[bytes, int]) -> lis
     records: dict[bytes, DirectoryRecord] = {}
 
     def record(path: bytes) -> DirectoryRecord:
-        if path not in records:
-            if path:
-                record(path.rpartition(b"/")[0])
-            records[path] = DirectoryRecord(path)
-        return records[path]
+        found = records.setdefault(path, DirectoryRecord(path))
+        while path:
+            path = path.rpartition(b"/")[0]
+            records.setdefault(path, DirectoryRecord(path))
+        return found
 
     for path, node in sorted(layer.entries.items()):
         parent, _, name = path.rpartition(b"/")
@@ -156,9 +159,10 @@ def _directories(index: LayerIndex, layer: Layer, rows: dict[bytes, int]) -> lis
 
 
 def _link_row(index: LayerIndex, layer: Layer, rows: dict[bytes, int], path: bytes) -> int:
-    while isinstance(node := layer.entries.get(path), Link):
-        path = node.target
-    if path in rows:
+    lower = False
+    while not lower and isinstance(node := layer.entries.get(path), Link):
+        path, lower = node.target, node.lower
+    if path in rows and not lower:
         return rows[path]
     index.lower_links.append(path)
     return -len(index.lower_links)

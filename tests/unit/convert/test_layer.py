@@ -173,3 +173,8 @@ def test_device_numbers_and_their_range():
     assert index.inodes.rdev[0] == (70_000 & 0xFF) | 5 << 8 | (70_000 & ~0xFF) << 12
     with pytest.raises(FormatError, match="out of range"):
         build(Item(b"c", tarfile.CHRTYPE, device=(4096, 0)))
+
+
+def test_two_thousand_directories_deep():
+    index = build(Item(b"/".join([b"d"] * 2000) + b"/f", content=b"1"))
+    assert len(index.directories) == 2001

@@ -1,0 +1,190 @@
+"""Connection pools: TLS settings and proxies, from explicit options and a given environment.
+
+urllib3 and ssl cost about 0.1 s to import, so they are imported where the first pool is made.
+"""
+
+import ipaddress
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from imgsnap.errors import InvalidArgument
+from imgsnap.oci.reference import is_loopback
+
+if TYPE_CHECKING:
+    import ssl
+
+    import urllib3
+
+CONNECT_TIMEOUT_S = 15.0
+READ_TIMEOUT_S = 60.0
+"""Between two packets; a stalled transfer is then resumed elsewhere in the room."""
+POOL_SIZE = 16
+"""Idle connections kept per host: as many as the fetcher has worker threads."""
+SEND_BLOCK_SIZE = 256 << 10
+"""Bytes per read of an upload's file; urllib3's default of 16 KiB costs 16 times the calls."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionOptions:
+    """How to reach a registry. `headers` go to the registry itself, never to redirect targets.
+
+    Raises InvalidArgument for options that contradict each other or name unsafe headers.
+    """
+
+    plain_http: bool = False
+    insecure: bool = False
+    ca_file: Path | None = None
+    cert_file: Path | None = None
+    key_file: Path | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
+    read_timeout_s: float = READ_TIMEOUT_S
+
+    def __post_init__(self) -> None:
+        if self.key_file is not None and self.cert_file is None:
+            raise InvalidArgument("--key-file without --cert-file")
+        for name, value in self.headers:
+            if not name.replace("-", "").isalnum() or not name.isascii():
+                raise InvalidArgument(f"{name[:100]!r} is not a header name")
+            if not value.isprintable() or not value.isascii():
+                raise InvalidArgument(f"header {name}: the value is not printable ASCII")
+            if name.lower() in ("cookie", "host", "content-length", "transfer-encoding", "range"):
+                raise InvalidArgument(f"header {name} cannot be set: the transport owns it")
+
+
+class Proxies:
+    """Chooses a proxy as curl does: ``https_proxy``, ``http_proxy``, ``all_proxy``, ``no_proxy``.
+
+    Lower-case names win. Loopback never goes through a proxy.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._urls = {
+            scheme: _variable(environ, f"{scheme}_proxy") or _variable(environ, "all_proxy")
+            for scheme in ("http", "https")
+        }
+        self._exempt = [item.strip().lower() for item in _variable(environ, "no_proxy").split(",")]
+
+    def url_for(self, scheme: str, host: str, port: int | None) -> str | None:
+        """The proxy's URL for a request, or None to connect directly.
+
+        Raises InvalidArgument for a proxy that is not http(s).
+        """
+        proxy = self._urls.get(scheme, "")
+        if not proxy or is_loopback(f"[{host}]" if ":" in host else host):
+            return None
+        if any(item and _exempts(item, host.lower(), port) for item in self._exempt):
+            return None
+        if "://" not in proxy:
+            proxy = f"http://{proxy}"
+        if urlsplit(proxy).scheme not in ("http", "https"):
+            raise InvalidArgument(
+                f"proxy {proxy.partition('@')[2] or proxy!r}: only http(s) proxies work here"
+            )
+        return proxy
+
+
+class Connections:
+    """Makes and keeps urllib3 pools, one manager per proxy. Thread safe."""
+
+    def __init__(self, options: ConnectionOptions, environ: Mapping[str, str]) -> None:
+        self._options = options
+        self._proxies = Proxies(environ)
+        self._ca_file = options.ca_file or _path(environ.get("SSL_CERT_FILE"))
+        self._lock = threading.Lock()
+        self._managers: dict[str | None, urllib3.PoolManager] = {}
+        self._tls: ssl.SSLContext | None = None
+
+    def manager_for(self, url: str) -> "urllib3.PoolManager":
+        """The pool manager that requests for `url` go through."""
+        parts = urlsplit(url)
+        proxy = self._proxies.url_for(parts.scheme, parts.hostname or "", parts.port)
+        with self._lock:
+            if proxy not in self._managers:
+                self._managers[proxy] = self._make(proxy)
+            return self._managers[proxy]
+
+    def close(self) -> None:
+        """Closes idle connections; the object can be used again."""
+        with self._lock:
+            managers, self._managers = list(self._managers.values()), {}
+        for manager in managers:
+            manager.clear()
+
+    def _make(self, proxy: str | None) -> "urllib3.PoolManager":
+        import urllib3
+
+        options = self._options
+        settings = {
+            "num_pools": 64,
+            "maxsize": POOL_SIZE,
+            "block": False,  # A thread that holds a stream may need a second connection.
+            "blocksize": SEND_BLOCK_SIZE,
+            "retries": False,
+            "timeout": urllib3.Timeout(
+                connect=options.connect_timeout_s, read=options.read_timeout_s
+            ),
+            "ssl_context": self._tls_context(),
+        }
+        if options.insecure:
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+        if proxy is None:
+            return urllib3.PoolManager(**settings)  # type: ignore[arg-type]
+        user = urlsplit(proxy)
+        if user.username:
+            pair = f"{user.username}:{user.password or ''}"
+            settings["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=pair)
+        return urllib3.ProxyManager(proxy, **settings)  # type: ignore[arg-type]
+
+    def _tls_context(self) -> "ssl.SSLContext":
+        if self._tls is None:
+            self._tls = _tls_context(self._options, self._ca_file)
+        return self._tls
+
+
+def _tls_context(options: ConnectionOptions, ca_file: Path | None) -> "ssl.SSLContext":
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
+        if options.cert_file is not None:
+            key = str(options.key_file) if options.key_file else None
+            context.load_cert_chain(str(options.cert_file), key)
+    except (OSError, ssl.SSLError) as error:
+        files = [str(item) for item in (ca_file, options.cert_file, options.key_file) if item]
+        raise InvalidArgument(f"cannot load certificates from {', '.join(files)}: {error}") from (
+            error
+        )
+    if options.insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _variable(environ: Mapping[str, str], name: str) -> str:
+    return environ.get(name) or environ.get(name.upper()) or ""
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text else None
+
+
+def _exempts(item: str, host: str, port: int | None) -> bool:
+    """Whether a no_proxy item covers a host: ``*``, a name, ``.suffix``, an address or a net."""
+    if item == "*":
+        return True
+    try:
+        return ipaddress.ip_address(host) in ipaddress.ip_network(item, strict=False)
+    except (ValueError, TypeError):
+        pass  # One of the two is a name.
+    name, colon, item_port = item.rpartition(":")
+    if colon and item_port.isdigit():
+        if port is not None and int(item_port) != port:
+            return False
+        item = name
+    item = item.removeprefix("*").removeprefix(".")
+    return host == item or host.endswith(f".{item}")
