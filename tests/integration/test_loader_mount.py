@@ -294,6 +294,20 @@ def test_a_tree_in_use_is_busy_unless_lazily_unmounted(site, repository, tree):
     site.unmount()
 
 
+def test_a_bind_mount_elsewhere_keeps_the_server(site, repository, tree):
+    """The same as a container's mount namespace that holds a copy of the mount."""
+    record = site.mount(repository)
+    bound = site.root / "bound"
+    bound.mkdir()
+    linux.mount(str(site.root / "mnt"), bound, "none", linux.MountFlag.BIND)
+    with pytest.raises(Busy, match="still uses the snapshot"):
+        site.unmount()
+    assert record.server.alive
+    assert listing(bound) == listing(tree)
+    linux.umount(bound)
+    site.unmount()
+
+
 def test_a_foreign_mount_on_top_is_not_touched(site, repository):
     site.mount(repository)
     linux.mount("none", site.root / "mnt", "tmpfs", linux.MountFlag(0), "size=64k")
