@@ -4,6 +4,8 @@ The pure part (chunk ids and block counts) identifies an extent: `Extent.id`. Th
 (pack, offset, length) belongs to one repository.
 """
 
+from __future__ import annotations
+
 from array import array
 from dataclasses import dataclass
 

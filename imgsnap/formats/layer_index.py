@@ -4,6 +4,8 @@ A pure function of the layer's uncompressed tar (its diffID) and of the rules; i
 offsets. Columns are arrays, so that 50 000 entries cost a few MiB and decode without a loop.
 """
 
+from __future__ import annotations
+
 from array import array
 from dataclasses import dataclass, field
 from enum import IntEnum

@@ -1,0 +1,38 @@
+# imgsnap: `make demo` shows the main job, `make test` runs everything. Both work alone, as root,
+# on a fresh Debian machine; they say what they install.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+IMAGE ?=
+
+.PHONY: setup demo test check bench fmt clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml scripts/setup
+	scripts/setup $(VENV)
+	@touch $@
+
+demo: setup
+	$(PY) demo/demo.py $(if $(IMAGE),--image '$(IMAGE)')
+
+# The fast tier: no root, no network, no daemons; under a minute.
+check: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+	$(PY) -m pytest -q tests/unit
+
+test: check
+	$(PY) -m pytest -q tests/property tests/integration
+
+bench: setup
+	$(PY) perf/run.py
+
+fmt: setup
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,48 @@
+"""push and pull: one snapshot from one place to another, bytes unchanged."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imgsnap.errors import NotFound
+from imgsnap_cli.places import Places
+from imgsnap_cli.progress import make_progress
+from imgsnap_cli.settings import Settings
+
+
+def copy(
+    settings: Settings, flags: dict[str, Any], source: str, target: str, progress: str
+) -> None:
+    """Copies a snapshot, or an index of snapshots; tags it when everything has arrived.
+
+    A source that is an image with a snapshot stands for that snapshot.
+    """
+    from imgsnap.oci.manifest import parse_document
+    from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
+    from imgsnap.oci.transfer import copy_document, total_size
+
+    places = Places(settings, flags)
+    work = Path(settings.environ.get("TMPDIR") or "/var/tmp")  # noqa: S108
+    with ExitStack() as stack:
+        origin, reference = places.reader(stack, source)
+        destination, tag = places.writer(stack, target)
+        raw = origin.manifest(reference)
+        document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
+        if document.artifact_type != ARTIFACT_SNAPSHOT:
+            found = origin.referrers(raw.descriptor.digest, ARTIFACT_SNAPSHOT)
+            if not found:
+                raise NotFound(
+                    f"{source} is neither a snapshot nor an image that has one",
+                    hint=f"make one: imgsnap convert {source} {target}",
+                )
+            reference = min(entry.digest for entry in found)
+        watcher = make_progress(progress)
+        label = raw.descriptor.digest[7:19]
+        watcher.stage(label, "copy", total_size(origin, reference))
+        copied = copy_document(
+            origin, destination, reference, tag, work, lambda count: watcher.advance(label, count)
+        )
+        watcher.done(label, "copied")
+    click.echo(f"{target}@{copied.descriptor.digest}")

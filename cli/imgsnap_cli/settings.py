@@ -1,0 +1,47 @@
+"""Where things are on this machine, from flags and `IMGSNAP_*` variables."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+SYSTEM_STATE = Path("/var/lib/imgsnap")
+SYSTEM_RUN = Path("/run/imgsnap")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Directories, and the environment as the library may see it."""
+
+    store: Path
+    cache: Path
+    run: Path
+    environ: Mapping[str, str]
+
+    @classmethod
+    def make(
+        cls,
+        environ: Mapping[str, str],
+        *,
+        store: str | None = None,
+        cache: str | None = None,
+        run: str | None = None,
+    ) -> "Settings":
+        """Flag over variable over default; the defaults of other users than root are XDG's."""
+        state, caches, runtime = _bases(environ)
+        return cls(
+            store=Path(store or environ.get("IMGSNAP_STORE") or state / "store").absolute(),
+            cache=Path(cache or environ.get("IMGSNAP_CACHE_DIR") or caches).absolute(),
+            run=Path(run or environ.get("IMGSNAP_RUN_DIR") or runtime).absolute(),
+            environ=dict(environ),
+        )
+
+
+def _bases(environ: Mapping[str, str]) -> tuple[Path, Path, Path]:
+    if os.geteuid() == 0:
+        return SYSTEM_STATE, SYSTEM_STATE / "cache", SYSTEM_RUN
+    home = Path(environ.get("HOME", "/nonexistent"))
+    data = Path(environ.get("XDG_DATA_HOME") or home / ".local/share")
+    cache = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")
+    run = Path(environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.geteuid()}")
+    return data / "imgsnap", cache / "imgsnap", run / "imgsnap"

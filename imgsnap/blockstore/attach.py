@@ -1,0 +1,24 @@
+"""A snapshot's device for one process: pool, fetcher and reader, closed in the right order."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from imgsnap.blockstore.extent_cache import ExtentPool
+from imgsnap.blockstore.fetcher import Fetcher
+from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.reader import BlockReader
+from imgsnap.blockstore.snapshot import Snapshot
+from imgsnap.blockstore.statistics import Statistics
+
+
+@contextmanager
+def attach_reader(snapshot: Snapshot, cache: NodeCache) -> Iterator[BlockReader]:
+    """A block reader over the snapshot; the snapshot itself stays open."""
+    statistics = Statistics()
+    fetcher = Fetcher(cache, statistics)
+    reader = BlockReader(snapshot, ExtentPool(cache, statistics), fetcher, statistics)
+    try:
+        yield reader
+    finally:
+        fetcher.close()
+        reader.close()

@@ -1,0 +1,356 @@
+"""The extent cache: one sparse file and one presence map per extent, shared by everyone.
+
+A chunk's data is written before its presence byte. Neither is synced: a chunk that was found on
+disk is hashed before its first use in a process, so a crash, a power cut or a flipped bit costs
+a fetch, never a wrong byte. The map has a byte per chunk, because setting a bit would be a
+read-modify-write that loses the bits of other processes.
+"""
+
+import errno
+import logging
+import os
+import struct
+import threading
+import zlib
+from array import array
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import ClassVar
+
+from imgsnap.blockstore.node_cache import NodeCache, cache_error, remove_tree
+from imgsnap.blockstore.statistics import Statistics
+from imgsnap.digest import chunk_id
+from imgsnap.errors import FormatError, ImgsnapError
+from imgsnap.formats.chunk_map import ZERO_PACK, Extent
+from imgsnap.units import BLOCK_BITS, BLOCK_SIZE
+
+RECORD = "presence map"
+
+ABSENT, UNVERIFIED, VERIFIED = range(3)
+"""What this process knows of a chunk; ABSENT may be outdated by another process."""
+
+_PRESENT = b"\x01"
+_GONE = b"\x00"
+_OPEN_ATTEMPTS = 8
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PresenceHeader:
+    """offset size type name: 0 8 magic · 8 2 u16 version · 10 2 reserved · 12 4 u32 chunk_count ·
+    16 4 u32 total_blocks · 20 32 extent id · 52 8 reserved · 60 4 u32 CRC-32 of bytes 0 to 59.
+    One byte per chunk follows, 1 when its data is in the data file."""
+
+    MAGIC: ClassVar[bytes] = b"IMGSNPPR"
+    VERSION: ClassVar[int] = 1
+    STRUCT: ClassVar[struct.Struct] = struct.Struct("<8sHHII32s8xI")
+    SIZE: ClassVar[int] = 64
+
+    chunk_count: int
+    total_blocks: int
+    extent_id: str
+
+    def pack(self) -> bytes:
+        fields = (self.MAGIC, self.VERSION, 0, self.chunk_count, self.total_blocks)
+        raw = self.STRUCT.pack(*fields, bytes.fromhex(self.extent_id), 0)[:-4]
+        return raw + zlib.crc32(raw).to_bytes(4, "little")
+
+    @classmethod
+    def parse(cls, raw: bytes) -> "PresenceHeader":
+        """Raises FormatError."""
+        if len(raw) < cls.SIZE:
+            raise FormatError(RECORD, "header", 0, f"{len(raw)} bytes, {cls.SIZE} needed")
+        magic, version, _, chunks, blocks, extent, crc = cls.STRUCT.unpack_from(raw)
+        if magic != cls.MAGIC or version != cls.VERSION:
+            raise FormatError(RECORD, "magic", 0, f"{magic!r} version {version}")
+        if crc != zlib.crc32(raw[: cls.SIZE - 4]):
+            raise FormatError(RECORD, "crc", 60, "does not match the header")
+        return cls(chunks, blocks, extent.hex())
+
+
+assert PresenceHeader.STRUCT.size == PresenceHeader.SIZE
+
+
+class ExtentCache:
+    """One extent's chunks on this node. Offsets are bytes from the extent's start.
+
+    Safe for threads; other processes may use the same files.
+    """
+
+    def __init__(self, extent: Extent, files: "_Files", statistics: Statistics) -> None:
+        self.extent = extent
+        self.id = files.extent_id
+        self.size = extent.total_blocks << BLOCK_BITS
+        self.starts = array("I", accumulate(extent.blocks, initial=0))
+        """First block of each chunk, and the block after the last."""
+        self._data = files.data
+        self._map = files.present
+        self._storing = files.storing
+        self._statistics = statistics
+        self._warned = False
+        self._lock = threading.Lock()
+        known = os.pread(files.present, len(extent), PresenceHeader.SIZE)
+        self._state = bytearray(
+            UNVERIFIED if pack == ZERO_PACK or on_disk else ABSENT
+            for pack, on_disk in zip(extent.pack, known.ljust(len(extent), _GONE), strict=True)
+        )
+
+    # Geometry --------------------------------------------------------------------------------
+
+    def rows(self, offset: int, end: int) -> range:
+        """The chunks that hold bytes [offset, end), a non-empty range inside the extent."""
+        from bisect import bisect_right
+
+        first = bisect_right(self.starts, offset >> BLOCK_BITS) - 1
+        last = bisect_right(self.starts, (end - 1) >> BLOCK_BITS)
+        return range(first, last)
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Offset and size of a chunk in the extent, in bytes."""
+        return self.starts[row] << BLOCK_BITS, self.extent.blocks[row] << BLOCK_BITS
+
+    # State -----------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        """Whether every chunk is here and verified by this process."""
+        return self._state.count(VERIFIED) == len(self._state)
+
+    @property
+    def storing(self) -> bool:
+        """False when the disk refused the last chunk or the cache could not be opened."""
+        return self._storing and not self._warned
+
+    def verified(self, row: int) -> bool:
+        """Whether this process has already verified the chunk."""
+        return self._state[row] == VERIFIED
+
+    def ready(self, rows: range) -> bool:
+        """Whether all these chunks can be read now; hashes those found on disk."""
+        state = self._state
+        if state.count(VERIFIED, rows.start, rows.stop) == len(rows):
+            return True
+        return all(state[row] == VERIFIED or self._verify(row) for row in rows)
+
+    def missing(self, rows: range) -> list[int]:
+        """Those of these chunks that have to be fetched; hashes those found on disk."""
+        state = self._state
+        if state.count(VERIFIED, rows.start, rows.stop) == len(rows):
+            return []
+        return [row for row in rows if state[row] != VERIFIED and not self._verify(row)]
+
+    def absent(self, rows: range) -> list[int]:
+        """As `missing`, from memory only: chunks on disk count as present, unread."""
+        return [row for row in rows if self._state[row] == ABSENT]
+
+    def _verify(self, row: int) -> bool:
+        """Hashes a chunk that the map says is on disk; a damaged one becomes absent."""
+        if self._state[row] == ABSENT and not self._listed(row):
+            return False
+        if self._intact(row):
+            self._state[row] = VERIFIED
+            return True
+        with self._lock:
+            # Another thread may have fetched it again since.
+            if self._state[row] == VERIFIED or self._intact(row):
+                self._state[row] = VERIFIED
+                return True
+            self._state[row] = ABSENT
+            self._mark(row, _GONE)
+        self._statistics.cache_damage += 1
+        offset, size = self.place(row)
+        _log.warning(
+            "cached chunk %s is damaged (extent %s, bytes %d+%d); fetching it again",
+            self.extent.chunk_id(row).hex(),
+            self.id,
+            offset,
+            size,
+        )
+        return False
+
+    def _intact(self, row: int) -> bool:
+        offset, size = self.place(row)
+        try:
+            data = os.pread(self._data, size, offset)
+        except OSError as error:
+            _log.warning("cannot read the cache of extent %s: %s", self.id, error)
+            return False
+        return len(data) == size and chunk_id(data) == self.extent.chunk_id(row)
+
+    def _listed(self, row: int) -> bool:
+        return os.pread(self._map, 1, PresenceHeader.SIZE + row) == _PRESENT
+
+    # Data ------------------------------------------------------------------------------------
+
+    def read_into(self, view: memoryview, offset: int) -> bool:
+        """Fills `view` from chunks that are `ready`. False when the file has become shorter or
+        unreadable; its chunks are then distrusted and will be verified again."""
+        rows = self.rows(offset, offset + len(view))
+        try:
+            count = os.preadv(self._data, (view,), offset)
+            while 0 < count < len(view):
+                more = os.preadv(self._data, (view[count:],), offset + count)
+                if not more:
+                    break
+                count += more
+        except OSError as error:
+            _log.warning("cannot read the cache of extent %s: %s", self.id, error)
+            count = -1
+        if count == len(view):
+            return True
+        with self._lock:
+            for row in rows:
+                if self._state[row] == VERIFIED:
+                    self._state[row] = UNVERIFIED
+        return False
+
+    def store(self, row: int, data: bytes) -> bool:
+        """Keeps a chunk whose hash the caller has verified. False when it cannot be kept."""
+        if not self._storing:
+            return False
+        try:
+            self._write(data, self.place(row)[0])
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                _log.warning("cannot cache extent %s: %s; serving from memory", self.id, error)
+            return False
+        with self._lock:
+            if self.extent.pack[row] != ZERO_PACK:
+                self._mark(row, _PRESENT)
+            self._state[row] = VERIFIED
+        self._warned = False
+        return True
+
+    def _write(self, data: bytes, offset: int) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._data, view, offset)
+            view, offset = view[count:], offset + count
+
+    def _mark(self, row: int, value: bytes) -> None:
+        try:
+            os.pwrite(self._map, value, PresenceHeader.SIZE + row)
+        except OSError as error:
+            # The next process hashes or fetches the chunk once more; nothing is lost here.
+            _log.warning("cannot write the presence map of extent %s: %s", self.id, error)
+
+    def close(self) -> None:
+        for fd in (self._data, self._map):
+            os.close(fd)
+
+
+class ExtentPool:
+    """The extents this process has open: snapshots that share a layer share its cache."""
+
+    def __init__(self, cache: NodeCache, statistics: Statistics) -> None:
+        self._cache = cache
+        self._statistics = statistics
+        self._lock = threading.Lock()
+        self._open: dict[str, tuple[ExtentCache, int]] = {}
+
+    def acquire(self, extent: Extent) -> ExtentCache:
+        """The extent's cache; every acquire needs one `release`."""
+        extent_id = extent.id
+        with self._lock:
+            known, users = self._open.get(extent_id, (None, 0))
+            if known is None:
+                files = _open_files(self._cache, extent_id, extent)
+                known = ExtentCache(extent, files, self._statistics)
+            self._open[extent_id] = (known, users + 1)
+            return known
+
+    def release(self, cache: ExtentCache) -> None:
+        with self._lock:
+            known, users = self._open[cache.id]
+            if users > 1:
+                self._open[cache.id] = (known, users - 1)
+                return
+            del self._open[cache.id]
+        known.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """The open files of one extent; `storing` is False when they are stand-ins in memory."""
+
+    extent_id: str
+    data: int
+    present: int
+    storing: bool
+
+
+def _open_files(cache: NodeCache, extent_id: str, extent: Extent) -> _Files:
+    """Opens or makes an extent's files; stand-ins that store nothing when that is impossible."""
+    header = PresenceHeader(len(extent), extent.total_blocks, extent_id)
+    directory = cache.extent_directory(extent_id)
+    try:
+        for _ in range(_OPEN_ATTEMPTS):
+            files = _open_existing(directory, header)
+            if files is not None:
+                return files
+            _discard(cache, directory)
+            _create(cache, directory, header)
+        raise ImgsnapError(f"cannot open {directory}: it keeps changing")
+    except ImgsnapError as error:
+        _log.warning("%s; serving extent %s from memory", error, extent_id)
+    data, present = (os.memfd_create(f"imgsnap-{name}") for name in ("data", "present"))
+    os.ftruncate(data, extent.total_blocks * BLOCK_SIZE)
+    os.ftruncate(present, header.SIZE + len(extent))
+    return _Files(extent_id, data, present, storing=False)
+
+
+def _open_existing(directory: Path, header: PresenceHeader) -> _Files | None:
+    """The files if they exist and fit each other and the extent, else None."""
+    fds: list[int] = []
+    try:
+        for name in ("data", "present"):
+            fds.append(os.open(directory / name, os.O_RDWR | os.O_CLOEXEC))
+        data, present = fds
+        fits = (
+            os.fstat(data).st_size == header.total_blocks * BLOCK_SIZE
+            and os.fstat(present).st_size == header.SIZE + header.chunk_count
+            and PresenceHeader.parse(os.pread(present, header.SIZE, 0)) == header
+        )
+        if fits:
+            return _Files(header.extent_id, data, present, storing=True)
+        problem = "the presence map does not fit its data file"
+    except (FileNotFoundError, NotADirectoryError) as error:
+        problem = str(error) if fds else ""
+    except FormatError as error:
+        problem = str(error)
+    except OSError as error:
+        raise cache_error(error, f"cannot open {directory}") from error
+    for fd in fds:
+        os.close(fd)
+    if problem:
+        _log.warning("discarding the cache of extent %s: %s", header.extent_id, problem)
+    return None
+
+
+def _discard(cache: NodeCache, directory: Path) -> None:
+    """Moves the directory away first: a process that has it open goes on with its files."""
+    moved = cache.temporary_path()
+    try:
+        directory.rename(moved)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise cache_error(error, f"cannot discard {directory}") from error
+    remove_tree(moved)
+
+
+def _create(cache: NodeCache, directory: Path, header: PresenceHeader) -> None:
+    """Makes both files under tmp/ and renames their directory; another process may be first."""
+    temporary = cache.temporary_path()
+    try:
+        temporary.mkdir(mode=0o700)
+        (temporary / "present").write_bytes(header.pack() + bytes(header.chunk_count))
+        with (temporary / "data").open("wb") as file:
+            file.truncate(header.total_blocks * BLOCK_SIZE)
+        temporary.rename(directory)
+    except OSError as error:
+        remove_tree(temporary)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise cache_error(error, f"cannot make {directory}") from error

@@ -1,0 +1,306 @@
+"""The block reader: a snapshot's device as bytes, from its metadata, its caches and its fetcher."""
+
+import logging
+import os
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from imgsnap.blockstore.extent_cache import ExtentPool
+from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
+from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
+from imgsnap.blockstore.readahead import WINDOW_MAX, Readahead
+from imgsnap.blockstore.snapshot import Snapshot
+from imgsnap.blockstore.statistics import Statistics
+from imgsnap.errors import ImgsnapError, IntegrityError, InvalidArgument, Unavailable
+from imgsnap.units import BLOCK_SIZE
+
+READ_ATTEMPTS = 3
+"""A chunk that is lost from the cache between its fetch and its use is fetched again this often."""
+WARM_BATCH = 256
+"""Chunks given to the prefetch queue at a time: some 32 MiB, enough to keep its threads busy."""
+_WAIT_MARGIN_S = 5.0
+
+FetchDone = Callable[[memoryview | None, BaseException | None], None]
+"""Gets the bytes or the reason why there are none."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A run of the device: an extent, or the metadata when there is no source. Bytes."""
+
+    base: int
+    end: int
+    source: ChunkSource | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The piece of one part that a read covers; `offset` is relative to the part."""
+
+    source: ChunkSource | None
+    offset: int
+    length: int
+
+    @property
+    def rows(self) -> range:
+        if self.source is None:
+            return range(0)
+        return self.source.cache.rows(self.offset, self.offset + self.length)
+
+
+class BlockReader:
+    """Reads of one snapshot's device. Safe for threads; offsets and lengths are bytes."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        pool: ExtentPool,
+        fetcher: Fetcher,
+        statistics: Statistics,
+        *,
+        readahead_max: int = WINDOW_MAX,
+        deadline_s: float = DEFAULT_DEADLINE_S,
+    ) -> None:
+        self.size = snapshot.size
+        self.statistics = statistics
+        self._snapshot = snapshot
+        self._metadata = snapshot.metadata.fileno()
+        self._pool = pool
+        self._fetcher = fetcher
+        self._deadline_s = deadline_s
+        self._parts = _parts(snapshot, pool)
+        self._bases = [part.base for part in self._parts]
+        self._readahead = Readahead(self.size, readahead_max) if readahead_max else None
+        self._complete = False
+
+    @property
+    def complete(self) -> bool:
+        """Whether every byte is local and verified. Stays true once it is."""
+        if not self._complete:
+            self._complete = all(
+                part.source.cache.complete for part in self._parts if part.source is not None
+            )
+        return self._complete
+
+    # Reading ---------------------------------------------------------------------------------
+
+    def read_into(self, view: memoryview, offset: int) -> bool:
+        """Fills `view` if all its bytes are local and verified; else changes it or not, and says
+        False. The range must lie inside the device. Never waits for the network."""
+        if self._readahead is not None and not self._complete:
+            self._read_ahead(offset, len(view))
+        done = 0
+        for span in self._spans(offset, len(view)):
+            if not self._copy(span, view[done : done + span.length]):
+                return False
+            done += span.length
+        self.statistics.hits += 1
+        return True
+
+    def fetch(self, offset: int, length: int, done: FetchDone) -> None:
+        """Brings a range in and calls `done` once, from this thread or a fetcher's."""
+        self.statistics.misses += 1
+        self._fetch(offset, length, done, READ_ATTEMPTS)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes at `offset`; fewer than `length` at the end of the device.
+
+        Raises Unavailable after the deadline, IntegrityError, and what the repository raises.
+        """
+        if offset < 0 or length < 0:
+            raise InvalidArgument(f"read of {length} bytes at {offset}")
+        length = min(length, max(0, self.size - offset))
+        if not length:
+            return b""
+        buffer = bytearray(length)
+        if self.read_into(memoryview(buffer), offset):
+            return bytes(buffer)
+        outcome: list[bytes | BaseException] = []
+        arrived = threading.Event()
+
+        def done(data: memoryview | None, error: BaseException | None) -> None:
+            outcome.append(bytes(data) if data is not None else error or AssertionError())
+            arrived.set()
+
+        self.fetch(offset, length, done)
+        if not arrived.wait(self._deadline_s + _WAIT_MARGIN_S):
+            raise Unavailable(f"{length} bytes at {offset} did not arrive before the deadline")
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def warm(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Fetches and verifies every chunk; `progress` gets bytes done and bytes in total.
+
+        Raises what the first failing fetch raises.
+        """
+        total = self.size
+        done = self._snapshot.metadata_size
+        for source, rows in self._batches():
+            self._warm_rows([(source, row) for row in source.cache.missing(rows)])
+            done += sum(source.cache.place(row)[1] for row in rows)
+            if progress is not None:
+                progress(done, total)
+
+    def close(self) -> None:
+        """Releases the extents. No read may be under way or begin later."""
+        for part in self._parts:
+            if part.source is not None:
+                self._pool.release(part.source.cache)
+        self._parts.clear()
+        self._bases.clear()
+
+    # Inside ----------------------------------------------------------------------------------
+
+    def _spans(self, offset: int, length: int) -> Iterator[_Span]:
+        end = offset + length
+        number = bisect_right(self._bases, offset) - 1
+        while offset < end:
+            part = self._parts[number]
+            stop = min(end, part.end)
+            yield _Span(part.source, offset - part.base, stop - offset)
+            offset, number = stop, number + 1
+
+    def _copy(self, span: _Span, view: memoryview) -> bool:
+        if span.source is None:
+            self._copy_metadata(view, span.offset)
+            return True
+        cache = span.source.cache
+        return cache.ready(span.rows) and cache.read_into(view, span.offset)
+
+    def _copy_metadata(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            count = os.preadv(self._metadata, (view[done:],), offset + done)
+            if not count:
+                raise IntegrityError("the cached EROFS metadata was cut off while in use")
+            done += count
+
+    def _fetch(self, offset: int, length: int, done: FetchDone, attempts: int) -> None:
+        wanted = [
+            (span.source, row)
+            for span in self._spans(offset, length)
+            if span.source is not None
+            for row in span.source.cache.missing(span.rows)
+        ]
+
+        def arrived(batch: Batch) -> None:
+            if batch.error is not None:
+                done(None, batch.error)
+                return
+            try:
+                buffer = self._assemble(batch, offset, length)
+                if buffer is None and attempts > 1:
+                    self._fetch(offset, length, done, attempts - 1)
+                    return
+            except (ImgsnapError, OSError) as error:
+                done(None, error)
+                return
+            if buffer is None:
+                done(None, IntegrityError("the cache keeps losing the chunks of this read"))
+            else:
+                done(buffer, None)
+
+        self._fetcher.fetch(wanted, arrived, deadline_s=self._deadline_s)
+
+    def _assemble(self, batch: Batch, offset: int, length: int) -> memoryview | None:
+        """The bytes of a read whose chunks have arrived; None if one is missing all the same."""
+        view = memoryview(bytearray(length))
+        done = 0
+        for span in self._spans(offset, length):
+            target = view[done : done + span.length]
+            if not (self._copy_held(span, target, batch) if batch.held else False) and (
+                not self._copy(span, target)
+            ):
+                return None
+            done += span.length
+        return view
+
+    def _copy_held(self, span: _Span, view: memoryview, batch: Batch) -> bool:
+        """As `_copy` where chunks may be in memory only; False when none of this span's is."""
+        if span.source is None:
+            return False
+        cache = span.source.cache
+        if not any((cache.id, row) in batch.held for row in span.rows):
+            return False
+        for row in span.rows:
+            start, size = cache.place(row)
+            low = max(start, span.offset)
+            high = min(start + size, span.offset + span.length)
+            target = view[low - span.offset : high - span.offset]
+            held = batch.held.get((cache.id, row))
+            if held is not None:
+                target[:] = memoryview(held)[low - start : high - start]
+            elif not self._copy(_Span(span.source, low, high - low), target):
+                return False
+        return True
+
+    def _read_ahead(self, offset: int, length: int) -> None:
+        if self._readahead is None:
+            return
+        ahead = self._readahead.after(offset, length)
+        if ahead is None:
+            return
+        start, end = ahead
+        wanted = [
+            (span.source, row)
+            for span in self._spans(start, end - start)
+            # A cache that cannot store would fetch these again when they are read.
+            if span.source is not None and span.source.cache.storing
+            for row in span.source.cache.absent(span.rows)
+        ]
+        if wanted:
+            self._fetcher.hint(wanted, Priority.READAHEAD)
+        else:
+            _ = self.complete  # remembers completeness, which ends this bookkeeping
+
+    def _batches(self) -> Iterator[tuple[ChunkSource, range]]:
+        for part in self._parts:
+            if part.source is not None:
+                count = len(part.source.extent)
+                for first in range(0, count, WARM_BATCH):
+                    yield part.source, range(first, min(count, first + WARM_BATCH))
+
+    def _warm_rows(self, wanted: list[tuple[ChunkSource, int]]) -> None:
+        arrived = threading.Event()
+        batches: list[Batch] = []
+
+        def done(batch: Batch) -> None:
+            batches.append(batch)
+            arrived.set()
+
+        # Nobody waits for a prefetch, and demand may hold it up for long: a wide deadline.
+        deadline_s = self._deadline_s * 10
+        self._fetcher.fetch(wanted, done, priority=Priority.PREFETCH, deadline_s=deadline_s)
+        if not arrived.wait(deadline_s + _WAIT_MARGIN_S):
+            raise Unavailable("the snapshot's chunks did not arrive before the deadline")
+        if batches[0].error is not None:
+            raise batches[0].error
+
+
+def _parts(snapshot: Snapshot, pool: ExtentPool) -> list[_Part]:
+    """The device's parts in order; acquires the extents."""
+    parts = [_Part(0, snapshot.metadata_size, None)]
+    try:
+        for extent, stated in zip(snapshot.chunk_map.extents, snapshot.config.extents, strict=True):
+            if not extent.total_blocks:
+                continue
+            source = ChunkSource(
+                pool.acquire(extent),
+                extent,
+                snapshot.chunk_map,
+                snapshot.manifest.packs,
+                snapshot.repository,
+            )
+            base = stated.base_block * BLOCK_SIZE
+            parts.append(_Part(base, base + extent.total_blocks * BLOCK_SIZE, source))
+    except BaseException:
+        for part in parts:
+            if part.source is not None:
+                pool.release(part.source.cache)
+        raise
+    return parts

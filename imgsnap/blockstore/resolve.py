@@ -1,0 +1,169 @@
+"""From a tag or digest to a snapshot's manifest: directly, through an index, or as a referrer."""
+
+import json
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.snapshot_manifest import ManifestKind, manifest_kind
+from imgsnap.digest import Digest, parse_digest
+from imgsnap.errors import ImgsnapError, InvalidArgument, NotFound, Unavailable
+from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
+from imgsnap.oci.repository import Descriptor, Platform, RawManifest, Repository
+
+CREATED = "org.opencontainers.image.created"
+
+_ARCHITECTURES = {
+    "x86_64": "amd64",
+    "aarch64": "arm64",
+    "armv7l": "arm",
+    "i686": "386",
+    "loongarch64": "loong64",
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """A snapshot's manifest; `stale` when an unreachable registry was replaced by the cache."""
+
+    manifest: RawManifest
+    stale: bool
+
+
+def host_platform() -> Platform:
+    """This machine's platform in OCI's words."""
+    machine = os.uname().machine
+    return Platform("linux", _ARCHITECTURES.get(machine, machine))
+
+
+def resolve_snapshot(
+    repository: Repository, reference: str, cache: NodeCache, platform: Platform | None = None
+) -> Resolution:
+    """Finds the snapshot that `reference` names.
+
+    A snapshot's digest with a cached manifest costs no round trip. A tag always asks the
+    repository; only when that is Unavailable is the last answer used, with a warning. An index
+    is searched for `platform` (this machine's by default), an ordinary image for referrers.
+    Raises NotFound, and what the repository raises.
+    """
+    cached = _cached_manifest(cache, reference)
+    if cached and manifest_kind(cached).is_snapshot:
+        return Resolution(cached, stale=False)
+    key = f"{repository.name}\0{reference}\0{platform or ''}"
+    try:
+        manifest = _ask(repository, reference, cache, platform)
+    except Unavailable as error:
+        remembered = _remembered(cache, key)
+        if remembered is None:
+            raise
+        _log.warning(
+            "%s does not answer (%s); using %s, which %s named before",
+            repository.name,
+            error,
+            remembered.descriptor.digest,
+            reference,
+        )
+        return Resolution(remembered, stale=True)
+    cache.store_tag(key, json.dumps({"digest": manifest.descriptor.digest}).encode())
+    return Resolution(manifest, stale=False)
+
+
+def matches(offered: Platform, wanted: Platform) -> bool:
+    """Whether content for `offered` is what someone who asks for `wanted` means."""
+    if (offered.os, offered.architecture) != (wanted.os, wanted.architecture):
+        return False
+    return not wanted.variant or _variant(offered) == _variant(wanted)
+
+
+def _variant(platform: Platform) -> str:
+    # arm64 without a variant is v8: image-spec, "Platform Variants".
+    return platform.variant or ("v8" if platform.architecture == "arm64" else "")
+
+
+def _ask(
+    repository: Repository, reference: str, cache: NodeCache, platform: Platform | None
+) -> RawManifest:
+    manifest = _manifest(repository, reference, cache)
+    kind = manifest_kind(manifest)
+    if kind.entries is not None:
+        where = f"{repository.name}: {reference}"
+        entry = _choose_entry(kind, platform or host_platform(), where)
+        manifest = _manifest(repository, entry.digest, cache)
+        kind = manifest_kind(manifest)
+    if kind.is_snapshot:
+        return manifest
+    if kind.entries is not None:
+        raise NotFound(f"{repository.name}: {reference} is an index of indexes, not a snapshot")
+    found = repository.referrers(manifest.descriptor.digest, ARTIFACT_SNAPSHOT)
+    chosen = _choose_referrer(found, platform)
+    if chosen is None:
+        raise NotFound(
+            f"{repository.name}: {reference} is an image without a snapshot"
+            + (f" for {platform}" if found else ""),
+            hint="make one with `imgsnap convert`",
+        )
+    manifest = _manifest(repository, chosen.digest, cache)
+    if not manifest_kind(manifest).is_snapshot:
+        raise NotFound(f"{repository.name}: referrer {chosen.digest} is not a snapshot")
+    return manifest
+
+
+def _choose_entry(kind: ManifestKind, wanted: Platform, where: str) -> Descriptor:
+    entries = kind.entries or ()
+    snapshots = tuple(e for e in entries if e.artifact_type == ARTIFACT_SNAPSHOT)
+    candidates = [e for e in snapshots or entries if e.platform is not None]
+    for entry in candidates:
+        if entry.platform and matches(entry.platform, wanted):
+            return entry
+    available = ", ".join(sorted({str(e.platform) for e in candidates})) or "none"
+    raise NotFound(
+        f"{where} has nothing for {wanted}; it has: {available}",
+        hint="choose one with --platform",
+    )
+
+
+def _choose_referrer(found: Iterable[Descriptor], wanted: Platform | None) -> Descriptor | None:
+    """The newest; among those that state no time, the one with the lowest digest."""
+    fitting = [d for d in found if not (wanted and d.platform and not matches(d.platform, wanted))]
+    fitting.sort(key=lambda d: d.digest)
+    fitting.sort(key=lambda d: d.annotations.get(CREATED, ""), reverse=True)
+    return fitting[0] if fitting else None
+
+
+def _manifest(repository: Repository, reference: str, cache: NodeCache) -> RawManifest:
+    """By digest from the cache when it is there; what the repository sends is kept."""
+    cached = _cached_manifest(cache, reference)
+    if cached:
+        return cached
+    manifest = repository.manifest(reference)
+    cache.store_blob(manifest.descriptor.digest, manifest.raw)
+    return manifest
+
+
+def _cached_manifest(cache: NodeCache, reference: str) -> RawManifest | None:
+    try:
+        digest = parse_digest(reference)
+    except InvalidArgument:
+        return None
+    raw = cache.load_blob(digest)
+    return _raw_manifest(digest, raw) if raw is not None else None
+
+
+def _raw_manifest(digest: Digest, raw: bytes) -> RawManifest:
+    # The media type only tells an index from a manifest, and the JSON says that too.
+    return RawManifest(Descriptor("", digest, len(raw)), raw)
+
+
+def _remembered(cache: NodeCache, key: str) -> RawManifest | None:
+    value = cache.load_tag(key)
+    if value is None:
+        return None
+    try:
+        digest = parse_digest(json.loads(value)["digest"])
+        manifest = _cached_manifest(cache, digest)
+        return manifest if manifest and manifest_kind(manifest).is_snapshot else None
+    except (ValueError, KeyError, TypeError, ImgsnapError):
+        return None

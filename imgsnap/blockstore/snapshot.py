@@ -1,0 +1,199 @@
+"""Opening a snapshot: manifest, config, metadata and chunk map, verified against each other."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.resolve import matches, resolve_snapshot
+from imgsnap.blockstore.snapshot_manifest import SnapshotManifest, snapshot_manifest
+from imgsnap.digest import Digest, sha256_digest
+from imgsnap.errors import DigestMismatch, FormatError, IntegrityError, NotFound
+from imgsnap.formats.chunk_map import ChunkMap
+from imgsnap.formats.chunk_map_codec import CHUNK_MAP_SIZE_MAX, decode
+from imgsnap.formats.frame import decompress, decompress_exact
+from imgsnap.formats.snapshot_config import CONFIG_SIZE_MAX, SnapshotConfig, parse_config
+from imgsnap.oci.repository import Descriptor, Platform, Repository
+from imgsnap.units import BLOCK_SIZE, GIB, MIB
+
+METADATA_BLOB_SIZE_MAX = GIB + (GIB >> 8)
+"""METADATA_BLOCKS_MAX of the config, and what zstd adds to bytes it cannot compress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An opened snapshot: everything but the bytes of its extents. Close it after its reader."""
+
+    repository: Repository
+    reference: str
+    manifest: SnapshotManifest
+    config: SnapshotConfig
+    chunk_map: ChunkMap
+    metadata: BinaryIO  # the region's bytes from offset 0; more may follow them
+    stale: bool  # the registry was unreachable and the tag was answered from the cache
+
+    @property
+    def metadata_size(self) -> int:
+        return self.config.metadata_blocks * BLOCK_SIZE
+
+    @property
+    def size(self) -> int:
+        """Bytes of the device."""
+        return self.config.total_blocks * BLOCK_SIZE
+
+    def close(self) -> None:
+        self.metadata.close()
+
+
+def open_snapshot(
+    repository: Repository,
+    reference: str,
+    cache: NodeCache,
+    *,
+    platform: Platform | None = None,
+) -> Snapshot:
+    """Opens the snapshot that a tag or digest names, in at most two sequential round trips.
+
+    (An index or an ordinary image costs more: it names the snapshot indirectly.) Raises
+    IntegrityError when a blob is not what its digest says or the parts contradict each other,
+    NotFound, UnsupportedFormat, and what the repository raises.
+    """
+    resolution = resolve_snapshot(repository, reference, cache, platform)
+    manifest = snapshot_manifest(resolution.manifest)
+    config, metadata, chunk_map = _load_parts(repository, manifest, cache)
+    try:
+        offered = Platform(config.os, config.architecture, config.variant)
+        if platform is not None and not matches(offered, platform):
+            raise NotFound(f"{reference} is for {offered}, not for {platform}")
+        _check_parts(manifest, config, chunk_map)
+    except BaseException:
+        metadata.close()
+        raise
+    return Snapshot(repository, reference, manifest, config, chunk_map, metadata, resolution.stale)
+
+
+IMAGE_CONFIG_SIZE_MAX = 8 * MIB
+
+
+def read_image_config(snapshot: Snapshot, cache: NodeCache) -> bytes:
+    """The source image's config, which the snapshot carries: command, environment, user.
+
+    Raises NotFound for a snapshot without one.
+    """
+    descriptor = snapshot.manifest.image_config
+    if descriptor is None:
+        raise NotFound(f"snapshot {snapshot.manifest.digest} carries no image config")
+    raw = cache.load_blob(descriptor.digest)
+    if raw is None:
+        raw = _getter(snapshot.repository, descriptor, IMAGE_CONFIG_SIZE_MAX)()
+        cache.store_blob(descriptor.digest, raw)
+    return raw
+
+
+def _load_parts(
+    repository: Repository, manifest: SnapshotManifest, cache: NodeCache
+) -> tuple[SnapshotConfig, BinaryIO, ChunkMap]:
+    """The three blobs from the cache, and those that are missing in parallel."""
+    raw_config = cache.load_blob(manifest.config.digest)
+    raw_map = cache.load_blob(manifest.chunk_map.digest, kind="chunk-maps")
+    metadata = _cached_metadata(raw_config, cache)
+    missing: dict[str, Callable[[], bytes]] = {}
+    if raw_config is None:
+        missing["config"] = _getter(repository, manifest.config, CONFIG_SIZE_MAX)
+    if raw_map is None:
+        missing["map"] = _getter(repository, manifest.chunk_map, CHUNK_MAP_SIZE_MAX)
+    if metadata is None:
+        missing["metadata"] = _getter(repository, manifest.metadata, METADATA_BLOB_SIZE_MAX)
+    try:
+        got = _in_parallel(missing)
+        if raw_config is None:
+            raw_config = got["config"]
+            cache.store_blob(manifest.config.digest, raw_config)
+        if raw_map is None:
+            raw_map = got["map"]
+            cache.store_blob(manifest.chunk_map.digest, raw_map, kind="chunk-maps")
+        config = parse_config(raw_config)
+        chunk_map = decode(decompress(raw_map, size_max=CHUNK_MAP_SIZE_MAX, record="chunk map"))
+        if metadata is None:
+            region = _region(got["metadata"], config)
+            metadata = cache.store_metadata(config.metadata_digest, region)
+    except BaseException:
+        if metadata is not None:
+            metadata.close()
+        raise
+    return config, metadata, chunk_map
+
+
+def _getter(repository: Repository, descriptor: Descriptor, size_max: int) -> Callable[[], bytes]:
+    return lambda: _verified(repository.blob(descriptor, size_max=size_max), descriptor.digest)
+
+
+def _verified(raw: bytes, digest: Digest) -> bytes:
+    # Repositories verify too; a second look here costs little and trusts no implementation.
+    got = sha256_digest(raw)
+    if got != digest:
+        raise DigestMismatch("blob", digest, got)
+    return raw
+
+
+def _cached_metadata(raw_config: bytes | None, cache: NodeCache) -> BinaryIO | None:
+    if raw_config is None:
+        return None  # only the config knows the region's digest
+    config = parse_config(raw_config)
+    return cache.open_metadata(config.metadata_digest, config.metadata_blocks * BLOCK_SIZE)
+
+
+def _region(blob: bytes, config: SnapshotConfig) -> bytes:
+    region = decompress_exact(
+        blob, config.metadata_blocks * BLOCK_SIZE, record="EROFS metadata blob"
+    )
+    got = sha256_digest(region)
+    if got != config.metadata_digest:
+        raise DigestMismatch("EROFS metadata", config.metadata_digest, got)
+    return region
+
+
+def _check_parts(manifest: SnapshotManifest, config: SnapshotConfig, chunk_map: ChunkMap) -> None:
+    """The chunk map describes the config's extents, in packs that the manifest lists."""
+    if len(chunk_map.extents) != len(config.extents):
+        raise IntegrityError(
+            f"chunk map has {len(chunk_map.extents)} extents, config {len(config.extents)}"
+        )
+    for number, (extent, stated) in enumerate(zip(chunk_map.extents, config.extents, strict=True)):
+        pure = (extent.diff_id, extent.total_blocks, extent.id)
+        if pure != (stated.diff_id, stated.blocks, stated.extent_id):
+            raise IntegrityError(
+                f"extent {number} of the chunk map ({extent.diff_id}) is not the config's"
+            )
+    for pack in chunk_map.packs:
+        listed = manifest.packs.get(pack.digest)
+        if listed is None or listed.size != pack.size:
+            raise FormatError(
+                "manifest", "layers", 0, f"pack {pack.digest} of the chunk map is not listed"
+            )
+
+
+def _in_parallel(calls: dict[str, Callable[[], bytes]]) -> dict[str, bytes]:
+    """The results of all calls, or the first one's exception."""
+    results: dict[str, bytes] = {}
+    errors: list[BaseException] = []
+
+    def run(name: str, call: Callable[[], bytes]) -> None:
+        try:
+            results[name] = call()
+        except BaseException as error:
+            errors.append(error)
+
+    *others, last = list(calls.items()) or [("", lambda: b"")]
+    threads: list[Any] = [
+        threading.Thread(target=run, args=item, daemon=True, name="open") for item in others
+    ]
+    for thread in threads:
+        thread.start()
+    run(*last)
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

@@ -1,0 +1,64 @@
+"""What opening a snapshot needs to know of a manifest or an index."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from imgsnap.digest import Digest
+from imgsnap.errors import FormatError
+from imgsnap.oci import media_types
+from imgsnap.oci.manifest import ImageIndex, parse_document, parse_manifest
+from imgsnap.oci.repository import Descriptor, RawManifest
+
+RECORD = "snapshot manifest"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotManifest:
+    """A snapshot's manifest: where its config, metadata, chunk map and packs are."""
+
+    digest: Digest
+    config: Descriptor
+    metadata: Descriptor
+    chunk_map: Descriptor
+    image_config: Descriptor | None
+    packs: Mapping[Digest, Descriptor]
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestKind:
+    """What a manifest turned out to be: a snapshot, an index (its entries), or an image."""
+
+    is_snapshot: bool
+    entries: tuple[Descriptor, ...] | None
+
+
+def manifest_kind(raw: RawManifest) -> ManifestKind:
+    """Tells the kinds apart. Raises FormatError, LimitExceeded and Unsupported."""
+    document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
+    if isinstance(document, ImageIndex):
+        return ManifestKind(False, document.manifests)
+    return ManifestKind(document.config.media_type == media_types.CONFIG, None)
+
+
+def snapshot_manifest(raw: RawManifest) -> SnapshotManifest:
+    """The value of a snapshot's manifest. Raises FormatError, LimitExceeded and Unsupported."""
+    document = parse_manifest(
+        raw.raw, media_type=raw.descriptor.media_type, record=f"{RECORD} {raw.descriptor.digest}"
+    )
+    if document.config.media_type != media_types.CONFIG:
+        raise FormatError(RECORD, "config.mediaType", 0, document.config.media_type)
+    by_type: dict[str, list[Descriptor]] = {}
+    for layer in document.layers:
+        by_type.setdefault(layer.media_type, []).append(layer)
+    for media_type in (media_types.EROFS_METADATA, media_types.CHUNK_MAP):
+        if len(by_type.get(media_type, ())) != 1:
+            raise FormatError(RECORD, "layers", 0, f"not exactly one layer of type {media_type}")
+    images = by_type.get(media_types.OCI_CONFIG, [])
+    return SnapshotManifest(
+        digest=raw.descriptor.digest,
+        config=document.config,
+        metadata=by_type[media_types.EROFS_METADATA][0],
+        chunk_map=by_type[media_types.CHUNK_MAP][0],
+        image_config=images[0] if images else None,
+        packs={pack.digest: pack for pack in by_type.get(media_types.PACK, ())},
+    )

@@ -1,0 +1,34 @@
+"""Counters of the block store.
+
+Plain integers without a lock: a count may be lost when two threads add at the same instant, and
+that is cheaper than a lock on every read.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(slots=True)
+class FetchCounts:
+    """What one kind of fetch asked the repository for."""
+
+    requests: int = 0
+    bytes: int = 0  # as sent by the repository: frames and the gaps between them
+    chunks: int = 0
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Since the process started."""
+
+    demand: FetchCounts = field(default_factory=FetchCounts)
+    readahead: FetchCounts = field(default_factory=FetchCounts)
+    prefetch: FetchCounts = field(default_factory=FetchCounts)
+    hits: int = 0  # reads answered from verified local bytes
+    misses: int = 0  # reads that waited for at least one chunk
+    cache_damage: int = 0  # cached chunks that failed verification
+    source_damage: int = 0  # frames from the repository that failed verification
+    unstored: int = 0  # chunks that could not be kept on disk
+    failures: int = 0  # fetches that ended in an error
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        return asdict(self)

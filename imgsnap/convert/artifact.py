@@ -1,0 +1,130 @@
+"""Layer artefacts: one layer's conversion, kept in the target under a tag that its diffID names.
+
+They make the target its own conversion cache: a later conversion, on any machine, finds them by
+one manifest GET and neither downloads nor converts that layer again.
+"""
+
+from dataclasses import dataclass
+
+from imgsnap.convert.ingest import LayerSource
+from imgsnap.convert.packer import PackedLayer
+from imgsnap.digest import Digest, digest_hex, sha256_digest
+from imgsnap.errors import FormatError, NotFound
+from imgsnap.formats import chunk_map_codec, frame, layer_index_codec
+from imgsnap.formats.chunk_map import ChunkMap, PackRef
+from imgsnap.formats.layer_index import LayerIndex
+from imgsnap.formats.rules import Rules
+from imgsnap.oci import media_types
+from imgsnap.oci.manifest import ImageManifest, parse_manifest, raw_manifest
+from imgsnap.oci.repository import Descriptor, RawManifest, Repository, WritableRepository
+from imgsnap.units import MIB
+
+RECORD = "layer artefact"
+TAG_PREFIX = "imgsnap-layer-"
+DIFF_ID = "io.imgsnap.layer.diffid"
+RULES = "io.imgsnap.rules"
+EMPTY = b"{}"
+INDEX_LEVEL = 3
+INDEX_BLOB_MAX = 256 * MIB
+INDEX_SIZE_MAX = 1 << 30
+MAP_BLOB_MAX = 256 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class LayerArtifact:
+    """A converted layer as the target holds it."""
+
+    index: LayerIndex
+    chunk_map: ChunkMap
+    manifest: Digest
+
+
+def layer_tag(diff_id: Digest, rules: Rules) -> str:
+    """The tag of a layer's artefact; at most 87 of a tag's 128 characters."""
+    return f"{TAG_PREFIX}{rules.id}-{digest_hex(diff_id)}"
+
+
+def find_artifact(repository: Repository, layer: LayerSource, rules: Rules) -> LayerArtifact | None:
+    """The layer's conversion, verified; None when the repository has none.
+
+    Raises IntegrityError for one that does not hold together, and what the repository raises.
+    """
+    try:
+        raw = repository.manifest(layer_tag(layer.diff_id, rules))
+    except NotFound:
+        return None
+    manifest = parse_manifest(raw.raw, record=RECORD)
+    index_raw = repository.blob(_only(manifest, media_types.LAYER_INDEX), size_max=INDEX_BLOB_MAX)
+    index = layer_index_codec.decode(
+        frame.decompress(index_raw, size_max=INDEX_SIZE_MAX, record="layer index")
+    )
+    chunk_map = read_chunk_map(repository, manifest)
+    if index.diff_id != layer.diff_id or index.rules != rules:
+        raise FormatError(RECORD, "index", 0, f"is of another layer or rules: {index.diff_id}")
+    if [extent.diff_id for extent in chunk_map.extents] != [layer.diff_id]:
+        raise FormatError(RECORD, "chunk map", 0, "is of another layer")
+    if chunk_map.extents[0].total_blocks != index.extent_blocks:
+        raise FormatError(RECORD, "chunk map", 0, "does not cover the layer's extent")
+    return LayerArtifact(index, chunk_map, raw.descriptor.digest)
+
+
+def read_chunk_map(repository: Repository, manifest: ImageManifest) -> ChunkMap:
+    """The chunk map that a layer artefact or a snapshot lists. Its packs must be listed too."""
+    raw = repository.blob(_only(manifest, media_types.CHUNK_MAP), size_max=MAP_BLOB_MAX)
+    size_max = chunk_map_codec.CHUNK_MAP_SIZE_MAX
+    chunk_map = chunk_map_codec.decode(frame.decompress(raw, size_max=size_max, record="chunk map"))
+    listed = {
+        PackRef(layer.digest, layer.size)
+        for layer in manifest.layers
+        if layer.media_type == media_types.PACK
+    }
+    if not listed.issuperset(chunk_map.packs):
+        raise FormatError(RECORD, "layers", 0, "lack a pack that the chunk map uses")
+    return chunk_map
+
+
+def _only(manifest: ImageManifest, media_type: str) -> Descriptor:
+    found = [layer for layer in manifest.layers if layer.media_type == media_type]
+    if len(found) != 1:
+        raise FormatError(RECORD, "layers", 0, f"{len(found)} blobs of type {media_type}")
+    return found[0]
+
+
+def pack_descriptor(pack: PackRef) -> Descriptor:
+    return Descriptor(media_types.PACK, pack.digest, pack.size)
+
+
+def put_content(
+    target: WritableRepository, content: bytes, media_type: str, level: int
+) -> Descriptor:
+    """Stores `content` as one zstd frame."""
+    return put_raw(target, frame.compress(content, level), media_type)
+
+
+def put_raw(target: WritableRepository, data: bytes, media_type: str) -> Descriptor:
+    """Stores `data` as a blob."""
+    descriptor = Descriptor(media_type, sha256_digest(data), len(data))
+    target.put_bytes(descriptor, data)
+    return descriptor
+
+
+def publish_artifact(
+    target: WritableRepository, index: LayerIndex, packed: PackedLayer
+) -> LayerArtifact:
+    """Stores a layer's artefact; its packs must be in the target already."""
+    layers = (
+        put_content(target, layer_index_codec.encode(index), media_types.LAYER_INDEX, INDEX_LEVEL),
+        put_content(
+            target, chunk_map_codec.encode(packed.chunk_map), media_types.CHUNK_MAP, INDEX_LEVEL
+        ),
+        *(pack_descriptor(pack) for pack in packed.chunk_map.packs),
+    )
+    document = ImageManifest(
+        config=put_raw(target, EMPTY, media_types.OCI_EMPTY),
+        layers=layers,
+        artifact_type=media_types.ARTIFACT_LAYER,
+        annotations={DIFF_ID: index.diff_id, RULES: index.rules.text},
+    )
+    raw: RawManifest = raw_manifest(document)
+    target.put_manifest(raw, [layer_tag(index.diff_id, index.rules)])
+    return LayerArtifact(index, packed.chunk_map, raw.descriptor.digest)

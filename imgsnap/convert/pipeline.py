@@ -1,0 +1,278 @@
+"""The one place where the steps of a conversion are wired together.
+
+Per layer: look the artefact up; if there is none, fetch + verify + decompress (ingest pool),
+index, then pack in layer order (compression pool) and publish (transfer pool). Per image: merge
+the layer indexes, emit the EROFS metadata, publish the snapshot manifest last.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+from imgsnap.blockstore.chunk_index import ChunkIndex
+from imgsnap.convert import ingest
+from imgsnap.convert.artifact import (
+    LayerArtifact,
+    find_artifact,
+    pack_descriptor,
+    publish_artifact,
+)
+from imgsnap.convert.dedupe import Known
+from imgsnap.convert.ingest import LayerSource
+from imgsnap.convert.layer import BuiltLayer
+from imgsnap.convert.limits import Limits
+from imgsnap.convert.packer import PackedLayer, Packer
+from imgsnap.convert.progress import Progress
+from imgsnap.convert.snapshot import Snapshot, build_snapshot
+from imgsnap.convert.source import SourceImage
+from imgsnap.digest import Digest
+from imgsnap.errors import ResourceExhausted
+from imgsnap.formats.chunk_map import PackRef
+from imgsnap.formats.rules import Rules
+from imgsnap.oci.repository import Repository, WritableRepository
+from imgsnap.oci.transfer import copy_blob
+
+TRANSFERS = 4
+"""Uploads and look-ups at a time; more only adds connections on the links measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How to convert; nothing here but `rules` and `level` changes a published byte."""
+
+    work_dir: Path
+    rules: Rules = field(default_factory=Rules)
+    level: int = 3
+    jobs: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    limits: Limits = field(default_factory=Limits)
+    strip_root: bool = False  # take absolute names in tars as relative to the root
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """What became of one layer; sizes in bytes."""
+
+    diff_id: Digest
+    reused: bool
+    compressed: int  # the source blob
+    extent: int
+    chunks: int
+    new_chunks: int
+    stored: int  # new pack bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedImage:
+    """One platform's snapshot, published."""
+
+    snapshot: Snapshot
+    platform: str
+    layers: tuple[LayerReport, ...]
+    seconds: float
+    flatten_cpu_s: float
+
+
+class Cancelled(BaseException):
+    """Raised inside a worker whose conversion has been given up."""
+
+
+class Conversion:
+    """Converts images into one target; holds the work directory and the thread pools.
+
+    Use as a context manager. Layers that were finished before an error or an interrupt stay in
+    the target, so that a rerun continues after them.
+    """
+
+    def __init__(
+        self,
+        target: WritableRepository,
+        index: ChunkIndex,
+        options: Options,
+        progress: Progress,
+        *,
+        reuse: Sequence[Repository] = (),
+    ) -> None:
+        self._target = target
+        self._index = index
+        self._options = options
+        self._progress = progress
+        self._reuse = reuse
+        self._known = Known(index, self._obtain_pack)
+        self._stop = threading.Event()
+
+    def __enter__(self) -> Self:
+        work_dir = self._options.work_dir
+        try:
+            work_dir.mkdir(parents=True, exist_ok=True)
+            self._work = TemporaryDirectory(dir=work_dir, prefix="imgsnap-convert-")
+        except OSError as error:
+            raise ResourceExhausted(
+                f"cannot work in {work_dir}: {error.strerror}",
+                hint="choose another directory with --work-dir",
+            ) from error
+        jobs = self._options.jobs
+        self._ingest = ThreadPoolExecutor(jobs, thread_name_prefix="imgsnap-ingest")
+        self._compress = ThreadPoolExecutor(jobs, thread_name_prefix="imgsnap-zstd")
+        self._transfer = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="imgsnap-transfer")
+        work = Path(self._work.name)
+        self._packer = Packer(work, self._options.level, self._compress, self._known)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        for pool in (self._ingest, self._compress, self._transfer):
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._work.cleanup()
+
+    def convert(self, source: Repository, image: SourceImage) -> ConvertedImage:
+        """Converts one image and publishes its snapshot by digest, untagged.
+
+        Raises IntegrityError, LimitExceeded, ResourceExhausted and what repositories raise.
+        """
+        started = time.monotonic()
+        artifacts: dict[Digest, LayerArtifact] = {}
+        reports: dict[Digest, LayerReport] = {}
+        layers = {layer.diff_id: layer for layer in image.layers}
+        self._find_converted(layers, artifacts, reports)
+        missing = [layer for layer in layers.values() if layer.diff_id not in artifacts]
+        self._convert_layers(source, missing, artifacts, reports)
+        cpu = time.process_time()
+        snapshot = build_snapshot(
+            self._target, image, [artifacts[layer.diff_id] for layer in image.layers]
+        )
+        return ConvertedImage(
+            snapshot,
+            str(image.platform),
+            tuple(reports[layer.diff_id] for layer in image.layers),
+            time.monotonic() - started,
+            time.process_time() - cpu,
+        )
+
+    def _find_converted(
+        self,
+        layers: dict[Digest, LayerSource],
+        artifacts: dict[Digest, LayerArtifact],
+        reports: dict[Digest, LayerReport],
+    ) -> None:
+        """Takes the layers that the target, or a repository to reuse from, holds converted."""
+        found = self._transfer.map(self._find_one, layers.values())
+        for layer, artifact in zip(layers.values(), found, strict=True):
+            if artifact is None:
+                continue
+            artifacts[layer.diff_id] = artifact
+            self._known.learn_all(artifact.chunk_map)
+            reports[layer.diff_id] = _report(layer, artifact, None)
+            self._progress.done(layer.label, "reused")
+
+    def _find_one(self, layer: LayerSource) -> LayerArtifact | None:
+        rules = self._options.rules
+        found = find_artifact(self._target, layer, rules)
+        if found is not None:
+            return found
+        for repository in self._reuse:
+            found = find_artifact(repository, layer, rules)
+            if found is None:
+                continue
+            for pack in found.chunk_map.packs:
+                copy_blob(repository, self._target, pack_descriptor(pack), Path(self._work.name))
+            return publish_artifact(
+                self._target, found.index, PackedLayer(found.chunk_map, (), 0, 0)
+            )
+        return None
+
+    def _obtain_pack(self, pack: PackRef) -> bool:
+        """Whether the target has the pack, or can take it over without an upload."""
+        descriptor = pack_descriptor(pack)
+        return self._target.has_blob(descriptor) or any(
+            repository.has_blob(descriptor) and self._target.mount_blob(descriptor, repository)
+            for repository in self._reuse
+        )
+
+    def _convert_layers(
+        self,
+        source: Repository,
+        missing: Sequence[LayerSource],
+        artifacts: dict[Digest, LayerArtifact],
+        reports: dict[Digest, LayerReport],
+    ) -> None:
+        # The largest layer takes longest to fetch and decompress, which one core does: it goes
+        # first, and the others are packed meanwhile. Packing keeps the order of the layers.
+        spooled: dict[Digest, Future[tuple[BuiltLayer, Path]]] = {
+            layer.diff_id: self._ingest.submit(self._spool, source, layer)
+            for layer in sorted(missing, key=lambda layer: -layer.descriptor.size)
+        }
+        published: list[tuple[LayerSource, PackedLayer, Future[LayerArtifact]]] = []
+        for layer in missing:
+            built, tar = spooled.pop(layer.diff_id).result()
+            packed = self._pack(layer, built, tar)
+            future = self._transfer.submit(self._publish, layer, built, packed)
+            published.append((layer, packed, future))
+        for layer, packed, future in published:
+            artifact = artifacts[layer.diff_id] = future.result()
+            self._index.add(artifact.chunk_map, artifact.manifest)
+            reports[layer.diff_id] = _report(layer, artifact, packed)
+
+    def _check_stop(self) -> None:
+        if self._stop.is_set():
+            raise Cancelled
+
+    def _spool(self, source: Repository, layer: LayerSource) -> tuple[BuiltLayer, Path]:
+        """Fetches and indexes one layer; runs on the ingest pool."""
+        options, progress = self._options, self._progress
+        tar = Path(self._work.name) / f"{layer.label}.tar"
+
+        def advance(count: int) -> None:
+            self._check_stop()
+            progress.advance(layer.label, count)
+
+        progress.stage(layer.label, "fetch", layer.descriptor.size)
+        try:
+            ingest.spool(source, layer, tar, options.limits, advance)
+            built = ingest.index_tar(
+                tar, layer, options.rules, options.limits, strip_root=options.strip_root
+            )
+        except OSError as error:
+            raise ResourceExhausted(
+                f"cannot spool layer {layer.descriptor.digest}: {error.strerror}",
+                hint=f"{options.work_dir} needs room for the image's layers, decompressed; "
+                "choose another disk with --work-dir",
+            ) from error
+        return built, tar
+
+    def _pack(self, layer: LayerSource, built: BuiltLayer, tar: Path) -> PackedLayer:
+        self._progress.stage(layer.label, "pack", built.index.extent_blocks << 12)
+        packed = self._packer.pack(
+            built, tar, lambda count: self._progress.advance(layer.label, count)
+        )
+        tar.unlink()
+        return packed
+
+    def _publish(self, layer: LayerSource, built: BuiltLayer, packed: PackedLayer) -> LayerArtifact:
+        """Stores packs and artefact; runs on the transfer pool."""
+        self._progress.stage(layer.label, "upload", packed.new_bytes)
+        for pack in packed.new_packs:
+            self._check_stop()
+            self._target.put_blob(pack_descriptor(pack.ref), pack.path)
+            pack.path.unlink(missing_ok=True)
+            self._progress.advance(layer.label, pack.ref.size)
+        artifact = publish_artifact(self._target, built.index, packed)
+        self._progress.done(layer.label, f"{packed.new_bytes >> 10} KiB new")
+        return artifact
+
+
+def _report(layer: LayerSource, artifact: LayerArtifact, packed: PackedLayer | None) -> LayerReport:
+    return LayerReport(
+        diff_id=layer.diff_id,
+        reused=packed is None,
+        compressed=layer.descriptor.size,
+        extent=artifact.index.extent_blocks << 12,
+        chunks=len(artifact.chunk_map.extents[0]),
+        new_chunks=packed.new_chunks if packed else 0,
+        stored=packed.new_bytes if packed else 0,
+    )

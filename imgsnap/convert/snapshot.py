@@ -1,0 +1,100 @@
+"""From converted layers to a published snapshot: metadata, chunk map, config, manifest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from imgsnap.convert.artifact import RULES, LayerArtifact, pack_descriptor, put_content, put_raw
+from imgsnap.convert.erofs_write import emit
+from imgsnap.convert.flatten import flatten
+from imgsnap.convert.source import SourceImage
+from imgsnap.digest import sha256_digest
+from imgsnap.formats import chunk_map_codec
+from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
+from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
+from imgsnap.oci import media_types
+from imgsnap.oci.manifest import ImageManifest, raw_manifest
+from imgsnap.oci.repository import RawManifest, WritableRepository
+from imgsnap.units import BLOCK_SIZE
+
+METADATA_LEVEL = 9
+"""Fetched whole before the first read, once per image: worth 12 % for 3x the time of level 3."""
+MAP_LEVEL = 3
+"""Nearly all of a chunk map is digests, which do not compress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A published snapshot."""
+
+    manifest: RawManifest
+    config: SnapshotConfig
+    metadata_stored: int  # bytes of the compressed metadata blob
+    chunk_map_stored: int
+
+
+def merge_chunk_maps(maps: Sequence[ChunkMap]) -> ChunkMap:
+    """One map of all extents, each pack listed once, in order of first use."""
+    numbers: dict[PackRef, int] = {}
+    extents: list[Extent] = []
+    for chunk_map in maps:
+        renumbered = [numbers.setdefault(pack, len(numbers)) for pack in chunk_map.packs]
+        for extent in chunk_map.extents:
+            pack = extent.pack[:]
+            for row, number in enumerate(pack):
+                if number != ZERO_PACK:
+                    pack[row] = renumbered[number]
+            extents.append(replace(extent, pack=pack))
+    return ChunkMap(tuple(numbers), tuple(extents))
+
+
+def build_snapshot(
+    target: WritableRepository, image: SourceImage, layers: Sequence[LayerArtifact]
+) -> Snapshot:
+    """Merges the layers and stores the snapshot by digest, as a referrer of its source image.
+
+    The manifest goes last: before it, nothing of the snapshot can be found.
+    """
+    metadata = emit(flatten([layer.index for layer in layers]))
+    chunk_map = merge_chunk_maps([layer.chunk_map for layer in layers])
+    extents = tuple(
+        ExtentConfig(
+            diff_id=extent.diff_id,
+            chain_id=chain_id,
+            extent_id=extent.id,
+            base_block=base,
+            blocks=extent.total_blocks,
+        )
+        for extent, chain_id, base in zip(
+            chunk_map.extents, image.chain_ids, metadata.bases, strict=True
+        )
+    )
+    config = SnapshotConfig(
+        os=image.platform.os,
+        architecture=image.platform.architecture,
+        variant=image.platform.variant,
+        rules=layers[0].index.rules.text if layers else "",
+        source_manifest=image.manifest.descriptor.digest,
+        source_config=image.config.digest,
+        metadata_digest=sha256_digest(metadata.metadata),
+        metadata_blocks=len(metadata.metadata) // BLOCK_SIZE,
+        total_blocks=metadata.total_blocks,
+        inode_count=metadata.inode_count,
+        uuid=metadata.uuid.hex(),
+        extents=extents,
+    )
+    blobs = (
+        put_content(target, metadata.metadata, media_types.EROFS_METADATA, METADATA_LEVEL),
+        put_content(target, chunk_map_codec.encode(chunk_map), media_types.CHUNK_MAP, MAP_LEVEL),
+        put_raw(target, image.config_raw, media_types.OCI_CONFIG),
+        *(pack_descriptor(pack) for pack in chunk_map.packs),
+    )
+    document = ImageManifest(
+        config=put_raw(target, config.to_json(), media_types.CONFIG),
+        layers=blobs,
+        subject=replace(image.manifest.descriptor, platform=None, annotations={}),
+        artifact_type=media_types.ARTIFACT_SNAPSHOT,
+        annotations={RULES: config.rules},
+    )
+    manifest = raw_manifest(document)
+    target.put_manifest(manifest, subject=image.manifest.descriptor.digest)
+    return Snapshot(manifest, config, blobs[0].size, blobs[1].size)

@@ -1,0 +1,286 @@
+"""A read-only FUSE server on the raw /dev/fuse device.
+
+Worker threads read requests and answer those that need no waiting. A read whose chunks are not
+here is handed to the content with a completion that writes the reply later, so that a slow
+registry never occupies a worker. Failures are EIO to the reader and a line in the log: a wrong
+or a zero byte is worse than an error.
+
+INTERRUPT is not answered and does not cancel: the read belongs to the page cache, and an EINTR
+there turns into SIGBUS or EIO for a process that merely got a timer signal.
+"""
+
+import errno
+import logging
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from imgsnap.fuse import protocol
+from imgsnap.fuse.files import FileContent, FileTable
+from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, InitFlag, Opcode
+
+DEFAULT_THREADS = 2
+MAX_BACKGROUND = 64
+"""Requests without a waiting process (kernel readahead) in flight: 64 MiB at 1 MiB each."""
+LOG_LINES_MAX = 5
+LOG_WINDOW_S = 10.0
+"""A store that is away fails thousands of reads a second; this many of them are told apart."""
+
+_NO_REPLY = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
+_EMPTY_REPLY = (Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.ACCESS, Opcode.DESTROY, Opcode.FLUSH)
+_TRANSIENT = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FuseSession:
+    """What INIT agreed on. INIT is not repeated: a server that takes over a device needs this."""
+
+    minor: int
+    flags: int
+
+
+class FuseServer:
+    """Serves one superblock until it is unmounted. Does not close `fd`."""
+
+    def __init__(
+        self,
+        fd: int,
+        files: Mapping[str, FileContent],
+        *,
+        threads: int = DEFAULT_THREADS,
+        session: FuseSession | None = None,
+        on_end: Callable[[], None] | None = None,
+    ) -> None:
+        """`session` continues a device whose former server is gone; `on_end` is called once,
+        from a worker, when the superblock is gone."""
+        self.files = FileTable(files)
+        self.session = session
+        self._fd = fd
+        self._resumed = session is not None
+        self._on_end = on_end
+        self._failures = RateLimit(LOG_LINES_MAX, LOG_WINDOW_S)
+        self._lock = threading.Lock()
+        self._running = threads
+        self._threads = [
+            threading.Thread(target=self._run, name=f"fuse-{number}", daemon=True)
+            for number in range(threads)
+        ]
+
+    def start(self) -> None:
+        """Starts the workers; a resumed device is asked to send lost requests again."""
+        if self._resumed and self.session and self.session.flags & InitFlag.HAS_RESEND:
+            os.write(self._fd, protocol.resend_notification())
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits until the workers have ended, which they do after an unmount."""
+        deadline = time.monotonic() + timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # Requests --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        worker = _Worker(self._fd, self._failures)
+        request = bytearray(protocol.REQUEST_SIZE_MAX)
+        view = memoryview(request)
+        try:
+            while True:
+                try:
+                    count = os.readv(self._fd, (request,))
+                except OSError as error:
+                    if error.errno in _TRANSIENT:
+                        continue
+                    if error.errno != errno.ENODEV:
+                        _log.error("reading the FUSE device failed: %s", error)
+                    return
+                if not count:
+                    return  # a socket in the device's place was closed
+                self._answer(worker, view[:count])
+        finally:
+            with self._lock:
+                self._running -= 1
+                last = not self._running
+            if last and self._on_end is not None:
+                self._on_end()
+
+    def _answer(self, worker: "_Worker", request: memoryview) -> None:
+        """Handles one request. Whatever goes wrong, the kernel gets an answer."""
+        if len(request) < IN_HEADER_SIZE:
+            self._failures.log("the kernel sent %d bytes, less than a header", len(request))
+            return
+        length, opcode, unique, node = protocol.IN_HEADER.unpack_from(request)
+        try:
+            if length != len(request):
+                worker.fail(unique, errno.EIO, f"request of {len(request)} bytes says {length}")
+            elif opcode == Opcode.READ:
+                self._read(worker, unique, node, request[IN_HEADER_SIZE:])
+            elif opcode not in _NO_REPLY:
+                worker.send(self._other(opcode, unique, node, request[IN_HEADER_SIZE:]))
+        except struct.error:
+            worker.fail(unique, errno.EIO, f"request {opcode} is too short")
+        except Exception as error:
+            worker.fail(unique, errno.EIO, f"{type(error).__name__}: {error}")
+
+    def _read(self, worker: "_Worker", unique: int, node: int, body: memoryview) -> None:
+        content = self.files.get(node)
+        if content is None:
+            worker.send(protocol.error_reply(unique, errno.ENOENT))
+            return
+        offset, size = protocol.READ_IN.unpack_from(body)
+        size = min(size, max(0, content.size - offset), protocol.READ_SIZE_MAX)
+        if not size:
+            worker.send(protocol.error_reply(unique, 0))
+        elif content.read_into(view := worker.buffer(size), offset):
+            worker.send_data(unique, view)
+        else:
+            self._read_later(worker, content, unique, offset, size)
+
+    def _read_later(
+        self, worker: "_Worker", content: FileContent, unique: int, offset: int, size: int
+    ) -> None:
+        def done(data: memoryview | None, error: BaseException | None) -> None:
+            if data is not None and len(data) == size:
+                worker.send_data(unique, data)
+            else:
+                worker.fail(unique, errno.EIO, f"read of {size} bytes at {offset}: {error}")
+
+        content.fetch(offset, size, done)
+
+    def _other(self, opcode: int, unique: int, node: int, body: memoryview) -> bytes:
+        """The reply to a request that is neither READ nor without reply."""
+        if opcode == Opcode.LOOKUP:
+            return self._lookup(unique, node, bytes(body).rstrip(b"\0"))
+        if opcode == Opcode.GETATTR:
+            attr = self._attr(node)
+            if attr is None:
+                return protocol.error_reply(unique, errno.ENOENT)
+            return protocol.reply(unique, protocol.ATTR_OUT.pack(protocol.VALID_S, 0, 0) + attr)
+        if opcode == Opcode.OPEN:
+            return protocol.reply(
+                unique, protocol.OPEN_OUT.pack(0, protocol.OpenFlag.KEEP_CACHE, 0)
+            )
+        if opcode == Opcode.OPENDIR:
+            return protocol.reply(unique, protocol.OPEN_OUT.pack(0, 0, 0))
+        if opcode == Opcode.READDIR:
+            offset, size = protocol.READ_IN.unpack_from(body)
+            return protocol.reply(unique, self.files.listing(offset, size))
+        if opcode == Opcode.STATFS:
+            return protocol.reply(unique, self._statfs())
+        if opcode == Opcode.INIT:
+            return self._init(unique, body)
+        if opcode in _EMPTY_REPLY:
+            return protocol.error_reply(unique, 0)
+        return protocol.error_reply(unique, errno.ENOSYS)
+
+    def _lookup(self, unique: int, node: int, name: bytes) -> bytes:
+        found = self.files.lookup(name) if node == protocol.ROOT_ID else None
+        if found is None:
+            return protocol.error_reply(unique, errno.ENOENT)
+        child, content = found
+        valid = protocol.VALID_S
+        entry = protocol.ENTRY_OUT.pack(child, 0, valid, valid, 0, 0)
+        return protocol.reply(unique, entry + protocol.file_attr(child, content.size))
+
+    def _attr(self, node: int) -> bytes | None:
+        if node == protocol.ROOT_ID:
+            return protocol.directory_attr(node)
+        content = self.files.get(node)
+        return protocol.file_attr(node, content.size) if content is not None else None
+
+    def _statfs(self) -> bytes:
+        page = protocol.PAGE_SIZE
+        return protocol.STATFS_OUT.pack(0, 0, 0, len(self.files), 0, page, protocol.NAME_MAX, page)
+
+    def _init(self, unique: int, body: memoryview) -> bytes:
+        asked = protocol.InitRequest.parse(body)
+        if asked.major > protocol.KERNEL_VERSION:
+            # The kernel then sends INIT again with the version we state.
+            return protocol.reply(unique, _init_out(protocol.MINOR_MAX, 0, 0))
+        if asked.major < protocol.KERNEL_VERSION or asked.minor < protocol.MINOR_MIN:
+            return protocol.error_reply(unique, errno.EPROTO)
+        flags = asked.flags & protocol.WANTED_FLAGS
+        minor = min(asked.minor, protocol.MINOR_MAX)
+        self.session = FuseSession(minor, int(flags))
+        return protocol.reply(unique, _init_out(minor, asked.max_readahead, int(flags)))
+
+
+def _init_out(minor: int, readahead: int, flags: int) -> bytes:
+    return protocol.INIT_OUT.pack(
+        protocol.KERNEL_VERSION,
+        minor,
+        readahead,  # the kernel's own limit; the real one is set on the bdi after the mount
+        flags & 0xFFFFFFFF,
+        MAX_BACKGROUND,
+        MAX_BACKGROUND * 3 // 4,
+        protocol.MAX_WRITE,
+        1,
+        protocol.MAX_PAGES,
+        0,
+        flags >> 32,
+        0,
+    )
+
+
+class _Worker:
+    """Replies, and one worker's data buffer. Sending is safe from any thread."""
+
+    def __init__(self, fd: int, failures: "RateLimit") -> None:
+        self._fd = fd
+        self._failures = failures
+        self._buffer = memoryview(bytearray(protocol.READ_SIZE_MAX))
+
+    def buffer(self, size: int) -> memoryview:
+        return self._buffer[:size]
+
+    def send_data(self, unique: int, data: memoryview) -> None:
+        header = protocol.OUT_HEADER.pack(OUT_HEADER_SIZE + len(data), 0, unique)
+        self._write((header, data))
+
+    def send(self, reply: bytes) -> None:
+        self._write((reply,))
+
+    def fail(self, unique: int, code: int, reason: str) -> None:
+        self._failures.log("%s", reason)
+        if unique:
+            self._write((protocol.error_reply(unique, code),))
+
+    def _write(self, parts: tuple[bytes | memoryview, ...]) -> None:
+        try:
+            os.writev(self._fd, parts)
+        except OSError as error:
+            # ENOENT: the request was aborted. ENODEV, EBADF: the superblock is gone.
+            if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):
+                self._failures.log("the kernel refused a reply: %s", error)
+                raise
+
+
+class RateLimit:
+    """Lets through the first messages of each window, and then how many it kept back."""
+
+    def __init__(self, lines: int, window_s: float) -> None:
+        self._lines = lines
+        self._window_s = window_s
+        self._lock = threading.Lock()
+        self._begin = 0.0
+        self._count = 0
+
+    def log(self, message: str, *args: object) -> None:
+        now = time.monotonic()
+        with self._lock:
+            suppressed = 0
+            if now - self._begin > self._window_s:
+                suppressed = max(0, self._count - self._lines)
+                self._begin, self._count = now, 0
+            self._count += 1
+            silent = self._count > self._lines
+        if suppressed:
+            _log.error("%d more failures were not logged", suppressed)
+        if not silent:
+            _log.error(message, *args)

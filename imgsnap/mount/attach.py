@@ -1,0 +1,127 @@
+"""From a served file to a file system: the FUSE superblock and EROFS over its file."""
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgsnap.errors import AccessDenied, Busy, Unsupported
+from imgsnap.fuse.protocol import READ_SIZE_MAX
+from imgsnap.mount import linux
+from imgsnap.mount.linux import MountFlag, UmountFlag
+from imgsnap.units import KIB
+
+DEVICE_FILE = "layer.erofs"
+FUSE_TYPE = "fuse.imgsnap"
+READ_AHEAD_KB = READ_SIZE_MAX // KIB
+"""INIT alone cannot raise the kernel's 128 KiB, and requests are as long as the readahead."""
+BUSY_RETRIES = 20
+BUSY_WAIT_S = 0.05
+"""The kernel closes the file below an unmounted EROFS a moment after umount returns."""
+
+_FILE_BACKED_REFUSED = errno.ENOTBLK
+"""What a kernel without file-backed mounts says: it wants a block device."""
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ErofsMount:
+    """How EROFS got its bytes: from the file itself, or through a loop device."""
+
+    loop: str = ""  # the loop device, when the kernel refused the file
+
+
+def mount_fuse(directory: Path) -> int:
+    """Mounts an empty FUSE superblock; the descriptor through which it is served.
+
+    Raises Unsupported without /dev/fuse, AccessDenied without privileges.
+    """
+    try:
+        fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise Unsupported("there is no /dev/fuse", hint="modprobe fuse") from error
+    except PermissionError as error:
+        raise AccessDenied("/dev/fuse: permission denied", hint="run as root") from error
+    options = (
+        f"fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions,"
+        f"max_read={READ_SIZE_MAX}"
+    )
+    flags = MountFlag.RDONLY | MountFlag.NOSUID | MountFlag.NODEV | MountFlag.NOEXEC
+    try:
+        linux.mount("imgsnap", directory, FUSE_TYPE, flags, options)
+    except OSError as error:
+        os.close(fd)
+        raise linux.mount_error(error) from error
+    return fd
+
+
+def tune_readahead(directory: Path, kib: int = READ_AHEAD_KB) -> None:
+    """Sets the readahead of the file system mounted at `directory`; a failure only costs speed."""
+    device = directory.stat().st_dev
+    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    try:
+        path.write_text(str(kib))
+    except OSError as error:
+        _log.warning("cannot set the readahead of %s: %s", directory, error)
+
+
+def mount_erofs(image: Path, target: Path) -> ErofsMount:
+    """Mounts an EROFS image file, directly where the kernel can (6.12 and newer).
+
+    Raises our error for the kernel's refusal.
+    """
+    flags = MountFlag.RDONLY | MountFlag.NODEV
+    try:
+        linux.mount(str(image), target, "erofs", flags)
+        return ErofsMount()
+    except OSError as error:
+        if error.errno != _FILE_BACKED_REFUSED:
+            raise linux.mount_error(error) from error
+        refusal = error
+    _log.warning("the kernel refuses EROFS over a file (%s); using a loop device", refusal)
+    try:
+        device, path = linux.attach_loop(image)
+    except OSError as error:
+        raise Unsupported(
+            f"{refusal.strerror}; and no loop device: {error.strerror or error}",
+            hint="EROFS over a file needs Linux 6.12 with CONFIG_EROFS_FS_BACKED_BY_FILE",
+        ) from error
+    try:
+        linux.mount(str(path), target, "erofs", flags)
+    except OSError as error:
+        raise linux.mount_error(error) from error
+    finally:
+        os.close(device)
+    return ErofsMount(str(path))
+
+
+def unmount(target: Path, *, lazy: bool = False, retry: bool = False) -> None:
+    """Unmounts what is at `target`; nothing mounted there is fine.
+
+    `retry` waits a second for the kernel to let go of it. Raises Busy while it is in use.
+    """
+    flags = UmountFlag.NOFOLLOW | (UmountFlag.DETACH if lazy else UmountFlag(0))
+    for attempt in range(BUSY_RETRIES):
+        try:
+            linux.umount(target, flags)
+            return
+        except OSError as error:
+            if error.errno in (errno.EINVAL, errno.ENOENT):
+                return
+            if error.errno != errno.EBUSY:
+                raise linux.mount_error(error) from error
+            if not retry or attempt == BUSY_RETRIES - 1:
+                raise Busy(
+                    f"{target} is in use",
+                    hint="end the processes that use it (fuser -vm shows them), or unmount lazily",
+                ) from error
+        time.sleep(BUSY_WAIT_S)
+
+
+def remove_directory(directory: Path) -> None:
+    """Removes an empty directory that may be gone or in use as a mount point."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
