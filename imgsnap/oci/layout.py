@@ -53,9 +53,7 @@ class LayoutRepository(LocalReader):
                     f"{path} has {size} bytes, its descriptor says {descriptor.size}"
                 )
             if path.is_symlink() or not self._layout.link(descriptor.digest, size, str(path)):
-                self._layout.write(
-                    descriptor.digest, size, lambda target: copy_all(source, target)
-                )
+                self._layout.write(descriptor.digest, size, lambda target: copy_all(source, target))
         finally:
             os.close(source)
 
