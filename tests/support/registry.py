@@ -115,6 +115,7 @@ class ScriptedRegistry:
     def __init__(self, *, tls: tuple[str, str] | None = None) -> None:
         self.switches = Switches()
         self.log: list[LogEntry] = []
+        self.connections = 0
         self._lock = threading.RLock()
         self._repositories: dict[str, _Repository] = {}
         self._sessions: dict[str, bytes] = {}
@@ -509,6 +510,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
     timeout = 30
+
+    def setup(self) -> None:
+        super().setup()
+        with self.scripted._lock:
+            self.scripted.connections += 1
 
     def log_message(self, format: str, *args: Any) -> None:
         """The log is a list."""
