@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.resolve import matches, resolve_snapshot
+from imgsnap.blockstore.resolve import resolve_snapshot
 from imgsnap.blockstore.snapshot_manifest import SnapshotManifest, snapshot_manifest
 from imgsnap.digest import Digest, sha256_digest
 from imgsnap.errors import DigestMismatch, FormatError, IntegrityError, NotFound
@@ -14,6 +14,7 @@ from imgsnap.formats.chunk_map import ChunkMap
 from imgsnap.formats.chunk_map_codec import CHUNK_MAP_SIZE_MAX, decode
 from imgsnap.formats.frame import decompress, decompress_exact
 from imgsnap.formats.snapshot_config import CONFIG_SIZE_MAX, SnapshotConfig, parse_config
+from imgsnap.oci.platforms import matches
 from imgsnap.oci.repository import Descriptor, Platform, Repository
 from imgsnap.units import BLOCK_SIZE, GIB, MIB
 
