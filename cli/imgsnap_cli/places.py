@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from imgsnap.errors import InvalidArgument, InvalidReference
+from imgsnap.errors import InvalidReference
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
     from imgsnap.mount.session import MountOptions
-    from imgsnap.oci.locate import RepositoryOpener
+    from imgsnap.oci.locate import RegistryOptions
+    from imgsnap.oci.reference import Location
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -42,24 +43,19 @@ def registry_flags(function: F) -> F:
 
 
 class Places:
-    """Opens what references name; everything opened is closed with the given stack.
-
-    Repositories of one registry share connections and tokens, so that blobs can be mounted from
-    one to the other.
-    """
+    """Opens what references name; everything opened is closed with the given stack."""
 
     def __init__(self, settings: Settings, flags: dict[str, Any]) -> None:
         self._settings = settings
-        self._options = _registry_options(flags)
-        self._opener: RepositoryOpener | None = None
+        self._flags = flags
 
     def reader(self, stack: ExitStack, text: str) -> "tuple[Repository, str]":
         """The repository of a reference and its tag or digest."""
         from imgsnap.oci.reference import parse_location
 
-        opened = self._shared(stack).open(parse_location(text))
-        stack.enter_context(closing(opened.repository))
-        return opened.repository, opened.reference
+        repository, reference = self._open(parse_location(text), create=False)
+        stack.enter_context(closing(repository))
+        return repository, reference
 
     def writer(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
         """As `reader`, for a place to store under a tag; a missing layout is made.
@@ -79,107 +75,22 @@ class Places:
                 f"{text!r} cannot be written to",
                 hint="a target is REGISTRY/REPOSITORY[:TAG], store:NAME[:TAG] or oci:DIR[:TAG]",
             )
-        opened = self._shared(stack).open(location, create=True)
-        stack.enter_context(closing(opened.repository))
-        return opened.writable, opened.reference
+        repository, tag = self._open(location, create=True)
+        stack.enter_context(closing(repository))
+        return cast("WritableRepository", repository), tag
 
-    def _shared(self, stack: ExitStack) -> "RepositoryOpener":
-        if self._opener is None:
-            self._opener = self._new_opener()
-            stack.callback(self._opener.close)
-        return self._opener
+    def _open(self, location: "Location", *, create: bool) -> "tuple[Repository, str]":
+        from imgsnap.oci.locate import open_repository
 
-    def _new_opener(self) -> "RepositoryOpener":
-        from imgsnap.oci.locate import RegistryOptions, RepositoryOpener
-
-        options = RegistryOptions(**self._options)
-        return RepositoryOpener(options, store=self._settings.store, environ=self._settings.environ)
-
-    def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
-        """The snapshot that a reference names, through the node cache."""
-        from imgsnap.blockstore.node_cache import NodeCache
-        from imgsnap.blockstore.snapshot import open_snapshot
-
-        repository, reference = self.reader(stack, text)
-        cache = NodeCache(self._settings.cache)
-        snapshot = open_snapshot(repository, reference, cache, platform=_platform(platform))
-        stack.callback(snapshot.close)
-        return snapshot
-
-    def mount_arguments(
-        self, text: str, target: Path, platform: str | None, read_write: bool
-    ) -> "tuple[MountOptions, Callable[[], Repository]]":
-        """For `mount_snapshot`: the repository is opened in the block server's process."""
-        from imgsnap.mount.session import MountOptions
-        from imgsnap.oci.reference import RegistryLocation, parse_location
-
-        location = parse_location(text)
-        if isinstance(location, RegistryLocation):
-            reference = location.reference
-        else:
-            with ExitStack() as stack:  # a layout with one image needs no tag
-                _, reference = self.reader(stack, text)
-        options = MountOptions(
-            reference=reference,
-            target=target,
-            run_dir=self._settings.run,
-            cache_dir=self._settings.cache,
-            platform=_platform(platform),
-            read_write=read_write,
+        return open_repository(
+            location,
+            self._registry_options(),
+            store=self._settings.store,
+            environ=self._settings.environ,
+            create=create,
         )
-        return options, lambda: self._new_opener().open(location).repository
 
-    def image_config(
-        self, stack: ExitStack, text: str, digest: str
-    ) -> "tuple[SnapshotConfig, bytes]":
-        """The config of the snapshot with this digest, and that of its image."""
-        from imgsnap.blockstore.node_cache import NodeCache
-        from imgsnap.blockstore.snapshot import open_snapshot, read_image_config
-
-        repository, _ = self.reader(stack, text)
-        cache = NodeCache(self._settings.cache)
-        snapshot = open_snapshot(repository, digest, cache)
-        stack.callback(snapshot.close)
-        return snapshot.config, read_image_config(snapshot, cache)
-
-    @contextmanager
-    def block_reader(self, snapshot: "Snapshot") -> "Iterator[BlockReader]":
-        """Reads of a snapshot's device, fetching what the node cache lacks."""
-        from imgsnap.blockstore.attach import attach_reader
-        from imgsnap.blockstore.node_cache import NodeCache
-
-        with attach_reader(snapshot, NodeCache(self._settings.cache)) as reader:
-            yield reader
-
-    def chunk_index_path(self, text: str) -> Path:
-        """Where the chunk index of a target is kept: with a layout, else in the node cache."""
-        from imgsnap.oci.reference import LayoutLocation, RegistryLocation, parse_location
-
-        location = parse_location(text)
-        if isinstance(location, RegistryLocation):
-            name = f"{location.registry}/{location.repository}"
-            digest = hashlib.sha256(name.encode()).hexdigest()[:32]
-            return self._settings.cache / "chunk-index" / digest
-        root = location.path if isinstance(location, LayoutLocation) else self._settings.store
-        return root / "imgsnap" / "chunk-index"
-
-
-def _registry_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """The registry flags as `RegistryOptions` has them. Raises InvalidArgument."""
-    options = {name: flags[name] for name in ("plain_http", "insecure")}
-    for name in ("ca_file", "cert_file", "key_file", "registry_config"):
-        options[name] = Path(flags[name]) if flags[name] else None
-    headers = []
-    for text in flags["headers"]:
-        key, colon, value = text.partition(":")
-        if not colon or not key.strip():
-            raise InvalidArgument(f"header {text!r} is not NAME:VALUE")
-        headers.append((key.strip(), value.strip()))
-    options["headers"] = tuple(headers)
-    return options
-
-
-def _platform(text: str | None) -> "Platform | None":
+    def _platform(text: str | None) -> "Platform | None":
     if text is None:
         return None
     from imgsnap.oci.platforms import parse_platform

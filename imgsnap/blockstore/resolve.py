@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.snapshot_manifest import ManifestKind, manifest_kind
@@ -25,8 +25,7 @@ _ARCHITECTURES = {
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Resolution:
+class Resolution(NamedTuple):
     """A snapshot's manifest; `stale` when an unreachable registry was replaced by the cache."""
 
     manifest: RawManifest

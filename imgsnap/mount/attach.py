@@ -5,8 +5,8 @@ import errno
 import logging
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from imgsnap.errors import AccessDenied, Busy, Unsupported
 from imgsnap.fuse.protocol import READ_SIZE_MAX
@@ -27,8 +27,7 @@ _FILE_BACKED_REFUSED = errno.ENOTBLK
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class ErofsMount:
+class ErofsMount(NamedTuple):
     """How EROFS got its bytes: from the file itself, or through a loop device."""
 
     loop: str = ""  # the loop device, when the kernel refused the file
