@@ -90,7 +90,83 @@ class Places:
             create=create,
         )
 
-    def _platform(text: str | None) -> "Platform | None":
+    def _registry_options(self) -> "RegistryOptions":
+        """The registry flags as the library has them. Raises InvalidArgument."""
+        from imgsnap.oci.locate import RegistryOptions, parse_headers
+
+        flags = dict(self._flags)
+        headers = parse_headers(flags.pop("headers"))
+        for name in ("ca_file", "cert_file", "key_file", "registry_config"):
+            flags[name] = Path(flags[name]).absolute() if flags[name] else None
+        return RegistryOptions(headers=headers, **flags)
+
+    def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
+        """The snapshot that a reference names, through the node cache."""
+        from imgsnap.blockstore.node_cache import NodeCache
+        from imgsnap.blockstore.snapshot import open_snapshot
+
+        repository, reference = self.reader(stack, text)
+        cache = NodeCache(self._settings.cache)
+        snapshot = open_snapshot(repository, reference, cache, platform=_platform(platform))
+        stack.callback(snapshot.close)
+        return snapshot
+
+    def mount_arguments(
+        self, text: str, target: Path, platform: str | None, read_write: bool
+    ) -> "tuple[MountOptions, Callable[[], Repository]]":
+        """For `mount_snapshot`: the repository is opened in the block server's process."""
+        from imgsnap.mount.session import MountOptions
+        from imgsnap.oci.locate import reference_of
+        from imgsnap.oci.reference import parse_location
+
+        location = parse_location(text)
+        options = MountOptions(
+            reference=reference_of(location),
+            target=target,
+            run_dir=self._settings.run,
+            cache_dir=self._settings.cache,
+            platform=_platform(platform),
+            read_write=read_write,
+        )
+        self._registry_options()  # refused here, where the user sees it at once
+        return options, lambda: self._open(location, create=False)[0]
+
+    def image_config(
+        self, stack: ExitStack, text: str, digest: str
+    ) -> "tuple[SnapshotConfig, bytes]":
+        """The config of the snapshot with this digest, and that of its image."""
+        from imgsnap.blockstore.node_cache import NodeCache
+        from imgsnap.blockstore.snapshot import open_snapshot, read_image_config
+
+        repository, _ = self.reader(stack, text)
+        cache = NodeCache(self._settings.cache)
+        snapshot = open_snapshot(repository, digest, cache)
+        stack.callback(snapshot.close)
+        return snapshot.config, read_image_config(snapshot, cache)
+
+    @contextmanager
+    def block_reader(self, snapshot: "Snapshot") -> "Iterator[BlockReader]":
+        """Reads of a snapshot's device, fetching what the node cache lacks."""
+        from imgsnap.blockstore.attach import attach_reader
+        from imgsnap.blockstore.node_cache import NodeCache
+
+        with attach_reader(snapshot, NodeCache(self._settings.cache)) as reader:
+            yield reader
+
+    def chunk_index_path(self, text: str) -> Path:
+        """Where the chunk index of a target is kept: with a layout, else in the node cache."""
+        from imgsnap.oci.reference import LayoutLocation, RegistryLocation, parse_location
+
+        location = parse_location(text)
+        if isinstance(location, RegistryLocation):
+            name = f"{location.registry}/{location.repository}"
+            digest = hashlib.sha256(name.encode()).hexdigest()[:32]
+            return self._settings.cache / "chunk-index" / digest
+        root = location.path if isinstance(location, LayoutLocation) else self._settings.store
+        return root / "imgsnap" / "chunk-index"
+
+
+def _platform(text: str | None) -> "Platform | None":
     if text is None:
         return None
     from imgsnap.oci.platforms import parse_platform
