@@ -24,7 +24,7 @@ from imgsnap.oci.manifest import (
     parse_index,
     referrer_descriptor,
 )
-from imgsnap.oci.media_types import INDEXES, MANIFESTS, OCI_INDEX, REF_NAME
+from imgsnap.oci.media_types import ARTIFACT_LAYER, INDEXES, MANIFESTS, OCI_INDEX, REF_NAME
 from imgsnap.oci.registry_referrers import fallback_tag
 from imgsnap.oci.repository import MANIFEST_SIZE_MAX, ByteStream, Descriptor, RawManifest
 
@@ -123,8 +123,9 @@ class LocalReader:
 
         Raises NotFound for an empty layout, InvalidReference when there are several images.
         """
-        entries = self._index().manifests
-        names = self.tags()
+        # Converted layers are kept under tags of their own; nobody means one of those.
+        entries = [e for e in self._index().manifests if e.artifact_type != ARTIFACT_LAYER]
+        names = sorted({name for e in entries if (name := e.annotations.get(REF_NAME))})
         if "latest" in names:
             return "latest"
         images = [entry for entry in entries if not entry.artifact_type]
