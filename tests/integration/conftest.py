@@ -6,20 +6,20 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import Cli
-from tests.support.docker_registry import DockerRegistry, docker_registry
+from tests.support.docker_registry import DockerRegistry, running_registry
 
 
 @pytest.fixture(scope="session")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
     """One for all tests that neither stop nor damage it: each uses names of its own."""
-    with docker_registry(tmp_path_factory.mktemp("registry")) as running:
+    with running_registry(tmp_path_factory.mktemp("registry")) as running:
         yield running
 
 
 @pytest.fixture
 def own_registry(tmp_path: Path) -> Iterator[DockerRegistry]:
     """One for a test that stops it or damages what it stores."""
-    with docker_registry(tmp_path / "registry") as running:
+    with running_registry(tmp_path / "registry") as running:
         yield running
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.cli import Cli
 from tests.support.docker_registry import DockerRegistry
-from tests.support.oci_images import (
+from tests.support.image_builder import (
     Image,
     LayerBlob,
     collect,

@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.cli import Cli
 from tests.support.docker_registry import DockerRegistry
-from tests.support.oci_images import collect, image, write_layout
+from tests.support.image_builder import collect, image, write_layout
 from tests.support.samples import base_tar, noise, program_tar, top_tar
 from tests.support.tars import Item, layer_tar
 

@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.oci_images import Blobs
+from tests.support.image_builder import Blobs
 
 USER, PASSWORD = "tester", "secret"
 _HTPASSWD = f"{USER}:$2b$04$CCvEqULZTQtf20kwaIOru.WriFOZuYn63bfNswlSspGKTKUFDS/l6\n"
@@ -76,7 +77,11 @@ class DockerRegistry:
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait()
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
             self._process = None
 
     def _config(self) -> dict:
@@ -164,16 +169,26 @@ class DockerRegistry:
 
 
 @contextlib.contextmanager
-def docker_registry(
+def running_registry(
     root: Path, *, auth: bool = False, certificate: tuple[Path, Path] | None = None
 ) -> Iterator[DockerRegistry]:
-    """A running registry; ended with its storage left in `root`."""
+    """A registry that is ended with its storage left in `root`."""
     registry = DockerRegistry(root, auth, certificate)
     registry.start()
     try:
         yield registry
     finally:
         registry.stop()
+
+
+@contextlib.contextmanager
+def docker_registry() -> Iterator[str]:
+    """``127.0.0.1:port`` of a fresh registry over plain HTTP, for tests that need no more."""
+    with (
+        tempfile.TemporaryDirectory(prefix="docker-registry-") as directory,
+        running_registry(Path(directory)) as registry,
+    ):
+        yield registry.address
 
 
 def _is_manifest(data: bytes) -> bool:
