@@ -161,8 +161,10 @@ class ReferenceTree:
                 node = trail[-1]
                 continue
             child = node.children.get(part)
-            if child is not None and child.kind == Kind.SYMLINK and budget:
+            if child is not None and child.kind == Kind.SYMLINK:
                 budget -= 1
+                if budget < 0:
+                    raise IntegrityError(f"{b'/'.join(parts)!r}: too many symlinks")
                 if child.target.startswith(b"/"):
                     node, trail = self.root, [self.root]
                 todo = child.target.split(b"/") + todo
