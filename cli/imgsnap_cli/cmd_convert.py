@@ -120,7 +120,6 @@ def _options(
 ) -> Any:
     from imgsnap.convert.limits import Limits
     from imgsnap.convert.pipeline import Options
-    from imgsnap.formats.rules import Rules
 
     algorithm, _, level = compression.partition(":")
     if algorithm != "zstd" or not (level or "3").isdigit() or not 1 <= int(level or 3) <= 19:
@@ -131,18 +130,33 @@ def _options(
         target = parse_size(chunk_size)
     except ValueError as error:
         raise InvalidArgument(f"--chunk-size: {error}") from error
+    rules = _rules(target)
     bounds = Limits()
     for text in limits:
         bounds = bounds.with_text(text)
     directory = work_dir or settings.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108
     return Options(
         work_dir=Path(directory),
-        rules=Rules(chunk_target=target, chunk_min=target // 4, chunk_max=target * 2),
+        rules=rules,
         level=int(level or 3),
         jobs=jobs or len(os.sched_getaffinity(0)),
         limits=bounds,
         strip_root=strip_root,
     )
+
+
+def _rules(chunk_target: int) -> Any:
+    from imgsnap.errors import UnsupportedFormat
+    from imgsnap.formats.rules import Rules
+
+    try:
+        return Rules(
+            chunk_target=chunk_target, chunk_min=chunk_target // 4, chunk_max=chunk_target * 2
+        )
+    except UnsupportedFormat as error:
+        raise InvalidArgument(
+            f"--chunk-size: {error}", hint="a multiple of 16KiB, for example 128KiB"
+        ) from error
 
 
 def _print(target: str, result: Any, seconds: float) -> None:
@@ -178,7 +192,7 @@ def _write_report(path: Path, source: str, target: str, result: Any, seconds: fl
         "upToDate": not result.images,
         "seconds": round(seconds, 3),
         "cpuSeconds": round(usage.ru_utime + usage.ru_stime, 3),
-        "maxRSS": usage.ru_maxrss * 1024,
+        "maxRSS": _peak_memory(),
         "images": [
             {
                 "platform": image.platform,
@@ -196,3 +210,11 @@ def _write_report(path: Path, source: str, target: str, result: Any, seconds: fl
         ],
     }
     path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _peak_memory() -> int:
+    """Bytes. Not getrusage's: that begins with the peak of the process that started this one."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -29,7 +29,7 @@ def command(
     places = Places(settings, flags)
     with ExitStack() as stack:
         try:
-            place, _ = places.reader(stack, repository or "store:any")
+            place = places.repository(stack, repository or "store:any")
             rows = _snapshots(place, "store:" if repository is None else f"{repository}:")
         except NotFound:
             if repository is not None:

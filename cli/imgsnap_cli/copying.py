@@ -19,6 +19,7 @@ def copy(
 
     A source that is an image with a snapshot stands for that snapshot.
     """
+    from imgsnap.convert.publish import held_snapshot
     from imgsnap.oci.manifest import parse_document
     from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
     from imgsnap.oci.transfer import copy_document, total_size
@@ -28,6 +29,7 @@ def copy(
     with ExitStack() as stack:
         origin, reference = places.reader(stack, source)
         destination, tag = places.writer(stack, target)
+        held_snapshot(destination, tag)  # refuses to replace an image
         raw = origin.manifest(reference)
         document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
         if document.artifact_type != ARTIFACT_SNAPSHOT:

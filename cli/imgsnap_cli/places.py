@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -56,6 +57,17 @@ class Places:
         repository, reference = self._open(parse_location(text), create=False)
         stack.enter_context(closing(repository))
         return repository, reference
+
+    def repository(self, stack: ExitStack, text: str) -> "Repository":
+        """The repository alone: a layout that holds many images needs no name here."""
+        from imgsnap.oci.reference import DEFAULT_TAG, LayoutLocation, parse_location
+
+        location = parse_location(text)
+        if isinstance(location, LayoutLocation) and location.tag is None:
+            location = replace(location, tag=DEFAULT_TAG)
+        opened = self._shared(stack).open(location)
+        stack.enter_context(closing(opened.repository))
+        return opened.repository
 
     def writer(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
         """As `reader`, for a place to store under a tag; a missing layout is made.

@@ -258,7 +258,8 @@ class BlockReader:
         return True
 
     def _read_ahead(self, offset: int, length: int) -> None:
-        if self._readahead is None:
+        # The metadata is here already; what follows it on the device is no continuation of it.
+        if self._readahead is None or offset + length <= self._snapshot.metadata_size:
             return
         ahead = self._readahead.after(offset, length)
         if ahead is None:

@@ -34,19 +34,27 @@ def existing(
 
     Raises AlreadyExists when the tag holds something that is no snapshot at all.
     """
+    raw = held_snapshot(target, tag)
+    wanted = [(str(image.manifest.descriptor.digest), rules.text) for image in images]
+    return raw if raw is not None and _sources(raw) == wanted else None
+
+
+def held_snapshot(target: Repository, tag: str) -> RawManifest | None:
+    """The snapshot, or index of snapshots, under a tag; None when the tag is free.
+
+    Raises AlreadyExists when the tag holds anything else: images are not overwritten.
+    """
     try:
         raw = target.manifest(tag)
     except NotFound:
         return None
-    held = _sources(raw)
-    if held is None:
+    if _sources(raw) is None:
         raise AlreadyExists(
             f"{target.name}: tag {tag!r} holds something that is not a snapshot",
             hint="choose another tag for the snapshot, for example "
             f"{tag}-imgsnap; the image stays as it is",
         )
-    wanted = [(str(image.manifest.descriptor.digest), rules.text) for image in images]
-    return raw if held == wanted else None
+    return raw
 
 
 def _sources(raw: RawManifest) -> list[tuple[str, str]] | None:

@@ -51,6 +51,10 @@ class Node:
     children: dict[bytes, "Node"] = field(default_factory=dict)
 
 
+Fresh = set[tuple[Node, bytes]]
+"""(directory, name): what the layer at hand put there. Its whiteouts spare that."""
+
+
 class ReferenceTree:
     """Layers are applied from the lowest up; `root` is the result."""
 
@@ -62,7 +66,7 @@ class ReferenceTree:
 
         Raises IntegrityError for a tar that cannot be unpacked.
         """
-        fresh: set[Node] = set()  # what this layer put there: its whiteouts spare it
+        fresh: Fresh = set()
         try:
             with tarfile.open(fileobj=layer, mode="r|") as tar:
                 for info in tar:
@@ -79,11 +83,10 @@ class ReferenceTree:
             prefix = path + b"/" if path else b""
             stack += [(prefix + name, child) for name, child in node.children.items()]
 
-    def _apply(self, tar: tarfile.TarFile, info: tarfile.TarInfo, fresh: set[Node]) -> None:
+    def _apply(self, tar: tarfile.TarFile, info: tarfile.TarInfo, fresh: Fresh) -> None:
         path = _parts(_raw(info.name))
         if not path:
             self._touch(self.root, info)
-            fresh.add(self.root)
             return
         parent, name = self._directory(path[:-1], fresh), path[-1]
         if name == _OPAQUE:
@@ -95,10 +98,12 @@ class ReferenceTree:
             node = self._lookup(_parts(_raw(info.linkname)))
             if node is None or node.kind == Kind.DIRECTORY:
                 raise IntegrityError(f"hard link {info.name!r} to {info.linkname!r}: no such file")
-            parent.children[name] = node
-            fresh.add(node)
+            if node is not parent.children.get(name):
+                parent.children[name] = node
+                fresh.add((parent, name))
         else:
-            self._place(tar, info, parent, name, fresh)
+            self._place(tar, info, parent, name)
+            fresh.add((parent, name))
 
     def _place(
         self,
@@ -106,7 +111,6 @@ class ReferenceTree:
         info: tarfile.TarInfo,
         parent: Node,
         name: bytes,
-        fresh: set[Node],
     ) -> None:
         kind = _KINDS.get(info.type)
         if kind is None:
@@ -114,10 +118,8 @@ class ReferenceTree:
         old = parent.children.get(name)
         if kind == Kind.DIRECTORY and old is not None and old.kind == Kind.DIRECTORY:
             self._touch(old, info)
-            fresh.add(old)
             return
         node = parent.children[name] = Node(kind)
-        fresh.add(node)
         self._touch(node, info)
         if kind == Kind.FILE:
             self._read(tar, info, node)
@@ -148,7 +150,7 @@ class ReferenceTree:
         )
         node.xattrs = kept_xattrs(tuple(pairs))
 
-    def _directory(self, parts: list[bytes], fresh: set[Node]) -> Node:
+    def _directory(self, parts: list[bytes], fresh: Fresh) -> Node:
         """The directory at this path: symlinks followed, what is missing made."""
         node, trail, budget = self.root, [self.root], _SYMLINKS_MAX
         todo = list(parts)
@@ -161,15 +163,17 @@ class ReferenceTree:
                 node = trail[-1]
                 continue
             child = node.children.get(part)
-            if child is not None and child.kind == Kind.SYMLINK and budget:
+            if child is not None and child.kind == Kind.SYMLINK:
                 budget -= 1
+                if budget < 0:
+                    raise IntegrityError(f"{b'/'.join(parts)!r}: too many symlinks")
                 if child.target.startswith(b"/"):
                     node, trail = self.root, [self.root]
                 todo = child.target.split(b"/") + todo
                 continue
             if child is None or child.kind != Kind.DIRECTORY:
                 child = node.children[part] = Node(Kind.DIRECTORY)
-                fresh.add(child)
+                fresh.add((node, part))
             node = child
             trail.append(node)
         return node
@@ -179,16 +183,30 @@ class ReferenceTree:
         return node.children.get(parts[-1]) if node is not None and parts else None
 
 
-def _hide(parent: Node, names: set[bytes], fresh: set[Node]) -> None:
-    """Removes what lower layers put there; a directory of this layer only loses their part."""
-    for name in names:
-        node = parent.children.get(name)
-        if node is None:
-            continue
-        if node not in fresh:
+def _hide(parent: Node, names: set[bytes], fresh: Fresh) -> None:
+    """Removes what lower layers put there; what this layer put below it stays."""
+    for name in names & parent.children.keys():
+        own = _own_part(parent, name, fresh)
+        if own is None:
             del parent.children[name]
-        elif node.kind == Kind.DIRECTORY:
-            _hide(node, set(node.children), fresh)
+        else:
+            parent.children[name] = own
+
+
+def _own_part(parent: Node, name: bytes, fresh: Fresh) -> Node | None:
+    """What this layer has at and below a name. A directory that it only put things into has the
+    attributes of one that nobody made an entry for."""
+    node, mine = parent.children[name], (parent, name) in fresh
+    if node.kind != Kind.DIRECTORY:
+        return node if mine else None
+    parts = {below: _own_part(node, below, fresh) for below in node.children}
+    own = {below: part for below, part in parts.items() if part is not None}
+    if not own and not mine:
+        return None
+    kept = node if mine else Node(Kind.DIRECTORY)
+    kept.children = own
+    fresh.update((kept, below) for below in own)
+    return kept
 
 
 def _raw(text: str) -> bytes:

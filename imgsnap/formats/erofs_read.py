@@ -185,7 +185,7 @@ class ErofsReader:
                 trail.append(inode)
                 continue
             if not budget:
-                raise NotFound(f"{path!r}: more than {SYMLINKS_MAX} symlinks")
+                raise NotFound(f"{_shown(path)}: more than {SYMLINKS_MAX} symlinks")
             budget -= 1
             target = self.readlink(inode)
             pending += _split(target)[::-1]
@@ -195,10 +195,10 @@ class ErofsReader:
 
     def _child(self, directory: Inode, name: bytes, path: bytes) -> Inode:
         if not directory.is_directory:
-            raise NotFound(f"{path!r}: what should hold {name!r} is not a directory")
+            raise NotFound(f"{_shown(path)}: what should hold {_shown(name)} is not a directory")
         entry = self._find(directory, name)
         if entry is None:
-            raise NotFound(f"{path!r}: there is no {name!r}")
+            raise NotFound(f"{_shown(path)}: there is no {_shown(name)} in the snapshot")
         return self._entry_inode(entry)
 
     def _entry_inode(self, entry: Entry) -> Inode:
@@ -368,3 +368,8 @@ def _block_count(directory: Inode) -> int:
         problem = f"a directory of {directory.size} bytes"
         raise _bad(directory.nid, "size", 0, problem)
     return -(-directory.size // BLOCK_SIZE)
+
+
+def _shown(path: bytes) -> str:
+    """A path for a message."""
+    return path.decode("utf-8", "backslashreplace")

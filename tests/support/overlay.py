@@ -11,6 +11,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from hypothesis import reject
+
 from imgsnap.formats.layer_index import Kind
 from tests.support.layers import Layer, Link, Node
 from tests.support.mounts import MS_RDONLY, mounted
@@ -52,6 +54,8 @@ class Materialiser:
     def run(self) -> None:
         layer = self.layer
         directories = self._directories()
+        if any(map(self._is_followed, directories - layer.entries.keys())):
+            reject()
         for path in sorted(directories - {b""}):
             os.mkdir(self._at(path))
         for path, node in sorted(layer.entries.items()):
@@ -88,6 +92,12 @@ class Materialiser:
                 path = path.rpartition(b"/")[0]
                 found.add(path)
         return found
+
+    def _is_followed(self, path: bytes) -> bool:
+        """Does a directory without an entry meet a symlink? Flattening follows it, as extraction
+        does; a layer that is stored by itself cannot."""
+        below = os.path.join(self.lower, path)
+        return not self.first and self._visible(path) and os.path.islink(below)
 
     def _visible(self, path: bytes, *, own_whiteout: bool = False) -> bool:
         """Does `path` exist below, and does this layer let it through?"""

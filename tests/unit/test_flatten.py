@@ -103,3 +103,43 @@ def test_a_deep_tree_needs_no_deep_stack() -> None:
     tree = merge(Layer({deep: regular()}), Layer({b"x": regular()}))
     assert deep in names(tree)
     assert names(merge(Layer({deep: regular()}), Layer(whiteouts={b"d"}))) == set()
+
+
+def test_an_implied_directory_over_a_symlink_is_what_the_link_leads_to() -> None:
+    lower = Layer(
+        {
+            b"usr/lib/old": regular(),
+            b"lib": symlink(b"usr/lib"),
+            b"a/up": symlink(b"../lib/."),
+            b"out": symlink(b"/../made/./here"),
+        }
+    )
+    upper = Layer(
+        {b"lib/new": regular(), b"a/up/too": regular(), b"out/x": regular()},
+        whiteouts={b"a/up/old"},
+    )
+    assert names(merge(lower, upper)) == {
+        *(b"usr/", b"usr/lib/", b"usr/lib/new", b"usr/lib/too", b"lib"),
+        *(b"a/", b"a/up", b"made/", b"made/here/", b"made/here/x", b"out"),
+    }
+
+
+def test_a_directory_entry_over_a_symlink_replaces_it() -> None:
+    lower = Layer({b"usr/lib/old": regular(), b"lib": symlink(b"usr/lib")})
+    upper = Layer({b"lib": directory(), b"lib/new": regular()})
+    assert names(merge(lower, upper)) == {
+        *(b"usr/", b"usr/lib/", b"usr/lib/old", b"lib/", b"lib/new"),
+    }
+
+
+def test_a_directory_implied_below_a_circle_of_symlinks() -> None:
+    lower = Layer({b"a": symlink(b"b"), b"b": symlink(b"a")})
+    with pytest.raises(IntegrityError, match="symlinks"):
+        merge(lower, Layer({b"a/x": regular()}))
+
+
+def test_links_to_lower_layers_follow_symlinked_parents() -> None:
+    lower = Layer({b"usr/f": regular(), b"d/l": symlink(b"/usr"), b"s": symlink(b"usr/f")})
+    tree = merge(lower, Layer({b"x": Link(b"d/l/f", lower=True), b"y": Link(b"s", lower=True)}))
+    found = paths(tree)
+    assert found[b"x"] == found[b"usr/f"] and found[b"y"] == found[b"s"] != found[b"x"]

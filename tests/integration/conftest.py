@@ -1,0 +1,39 @@
+"""Places for the command line tests; each test gives back all it took."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cli import Cli
+from tests.support.docker_registry import DockerRegistry, running_registry
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
+    """One for all tests that neither stop nor damage it: each uses names of its own."""
+    with running_registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture
+def own_registry(tmp_path: Path) -> Iterator[DockerRegistry]:
+    """One for a test that stops it or damages what it stores."""
+    with running_registry(tmp_path / "registry") as running:
+        yield running
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A repository name that no other test uses."""
+    return "".join(c if c.isalnum() else "-" for c in request.node.name.lower()).strip("-")
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    command = Cli(tmp_path / "cli")
+    yield command
+    left = command.leftovers()
+    if left:
+        command.any("umount", "--all", "--lazy")
+    assert left == []
