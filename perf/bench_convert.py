@@ -106,9 +106,18 @@ class _Rounds:
         out = self._work / "squashfs"
         out.unlink(missing_ok=True)
         os.sync()
-        command = ["mksquashfs", "-", out, "-tar", "-comp", "zstd", "-Xcompression-level", "3"]
+        command: list[str | Path] = [
+            "mksquashfs",
+            "-",
+            out,
+            "-tar",
+            "-comp",
+            "zstd",
+            "-Xcompression-level",
+            "3",
+        ]
         with self._tar.open("rb") as source:
-            usage = measured([*command, "-noappend", "-no-progress", "-quiet"], stdin=source)
+            usage = measured(command, stdin=source)
         return usage.as_dict() | {"stored": out.stat().st_size}
 
     def _gunzip(self) -> Sample:

@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from harness.client import Client, blob_bytes, tree_bytes
@@ -38,10 +39,8 @@ def main() -> None:
     compile_bytecode()
     with work_directory(arguments) as work:
         steps: dict[str, Callable[[], Sample]] = {
-            f"chunks {chunk}, {compression}": (
-                lambda chunk=chunk, compression=compression: _convert_all(
-                    work, images, chunk, compression
-                )
+            f"chunks {chunk}, {compression}": partial(
+                _convert_all, work, images, chunk, compression
             )
             for chunk, compression in choices
         }

@@ -32,7 +32,13 @@ def main() -> int:
     for name in arguments.names or NAMES:
         print(f"== {name}", flush=True)
         script = HERE / f"bench_{name}.py"
-        command = [sys.executable, script, "--runs", str(_runs(name, arguments.runs)), *handed_on]
+        command = [
+            sys.executable,
+            str(script),
+            "--runs",
+            str(_runs(name, arguments.runs)),
+            *handed_on,
+        ]
         code = subprocess.run(command, check=False).returncode
         if code not in (0, SKIPPED):
             failed.append(name)

@@ -1,4 +1,4 @@
-"""Prints as JSON the CPU time of flattening and emitting a made-up image, in a fresh interpreter."""
+"""Prints as JSON the CPU time of flatten and emit of a made-up image, in a fresh interpreter."""
 
 import json
 import sys

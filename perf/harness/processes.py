@@ -46,7 +46,7 @@ def child_environment(**extra: str) -> dict[str, str]:
 
 def compile_bytecode() -> None:
     """Fills the byte code caches, so that the first sample pays no more than the others."""
-    command = [sys.executable, "-m", "compileall", "-q", ROOT / "imgsnap", ROOT / "cli"]
+    command = [sys.executable, "-m", "compileall", "-q", str(ROOT / "imgsnap"), str(ROOT / "cli")]
     subprocess.run(command, env=child_environment(), check=True)
 
 
@@ -58,7 +58,7 @@ def measured(
 ) -> Usage:
     """Runs a command to its end. Raises SystemExit with its last words when it fails."""
     environment = child_environment() if environment is None else environment
-    with open(os.devnull) as empty, _scratch() as words:
+    with Path(os.devnull).open() as empty, _scratch() as words:
         started = time.perf_counter()
         process = subprocess.Popen(
             command, stdin=stdin or empty, stdout=words, stderr=words, env=environment
@@ -83,7 +83,7 @@ def output_of(command: Sequence[str | Path], **options: Any) -> str:
     if result.returncode:
         words = (result.stdout + result.stderr)[-3000:]
         raise SystemExit(f"error: {_shown(command)} failed:\n{words}")
-    return result.stdout
+    return str(result.stdout)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ class Figure:
 
     label: str
     ours: float
-    unit: str  # "s", "B", or "" for counts
+    unit: str  # "s", "us", "B", "B/s", or "" for counts
     against: str
     other: float | None
     aim: float | None = None  # the ratio aimed at, when it is not 1
@@ -116,8 +116,10 @@ def shown(value: float, unit: str) -> str:
             if value >= factor:
                 return f"{value / factor:.1f} {suffix}"
         return f"{value:.0f} B"
-    if unit in ("B/s",):
+    if unit == "B/s":
         return f"{value / (1 << 20):.0f} MiB/s"
+    if unit == "us":
+        return f"{value:.1f} us"
     return f"{value:.10g}" if value == int(value) else f"{value:.1f}"
 
 
