@@ -16,11 +16,9 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from harness import ROOT
 from harness.client import Client, blob_bytes
 from harness.images import (
     Image,
@@ -31,7 +29,7 @@ from harness.images import (
     layer_tar_size,
 )
 from harness.options import parser, work_directory
-from harness.processes import compile_bytecode, measured, output_of
+from harness.processes import compile_bytecode, measured, probe
 from harness.report import Report, Sample, tell
 
 LIMIT_RSS = 300 << 20
@@ -128,10 +126,9 @@ class _Rounds:
 
 def _flatten(report: Report, arguments: argparse.Namespace) -> None:
     tell(f"convert: flatten and emit {arguments.inodes} inodes")
-    probe = ROOT / "perf/harness/flatten_probe.py"
     rounds = max(arguments.runs, 3)
     numbers = [str(arguments.inodes), str(FLATTEN_LAYERS), str(rounds)]
-    result = json.loads(output_of([sys.executable, probe, *numbers]))
+    result = json.loads(probe("flatten_probe", *numbers))
     report.samples["flatten"] = [{"cpu_s": value} for value in result["cpu_s"]]
     report.note(f"made-up image: {result['inodes']} inodes, {FLATTEN_LAYERS} layers")
 

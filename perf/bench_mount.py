@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harness import ROOT
 from harness.client import Client
 from harness.images import image_or_demo
 from harness.options import parser, work_directory
-from harness.processes import Usage, compile_bytecode, measured, output_of
+from harness.processes import Usage, compile_bytecode, measured, probe
 from harness.recorder import Recorder
 from harness.registry import Registry, docker_registry, push
 from harness.report import Report, Sample
@@ -119,11 +118,9 @@ class _Bench:
 
     def _call(self, case: Case) -> Sample:
         self._prepare(case, self._registry.address)
-        probe = ROOT / "perf/harness/mount_probe.py"
         places = (self._client.store, self._client.cache, self._client.run_dir)
         reference = self._reference(case, self._registry.address)
-        command: list[str | Path] = [sys.executable, probe, *places, reference, self._target]
-        result: Sample = json.loads(output_of(command))
+        result: Sample = json.loads(probe("mount_probe", *places, reference, self._target))
         return result
 
     def _trips(self, case: Case, rtt_ms: float) -> Sample:

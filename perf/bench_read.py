@@ -16,14 +16,12 @@ between: what reads cost when that is done.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from harness import ROOT
 from harness.client import Client
 from harness.images import Image, image_or_demo, large_file_image
 from harness.options import parser, work_directory
@@ -32,9 +30,11 @@ from harness.processes import (
     child_environment,
     compile_bytecode,
     cpu_seconds,
+    heat,
     measured,
     memory,
     output_of,
+    probe,
 )
 from harness.report import Report, Sample, tell
 
@@ -110,16 +110,15 @@ class _Bench:
         self._client.convert(image.source, reference)
         self._client.run("warm", reference, "--progress", "none")
         plain = self._work / f"{image.name}.erofs"
-        probe = ROOT / "perf/harness/materialise_probe.py"
-        places = (self._client.store, self._client.cache)
-        output_of([sys.executable, probe, *places, reference, plain])
+        places = (self._client.store, self._client.cache, self._client.run_dir)
+        probe("materialise_probe", *places, reference, plain)
         return Subject(reference, plain)
 
     def through_imgsnap(
         self, subject: Subject, read: Callable[[Path], Sample], *, again: bool = False
     ) -> Sample:
         with self._client.mounted(subject.reference, self._target):
-            self._heat(self._client.cache)
+            heat(self._client.cache)
             if again:
                 read(self._target)
                 self._drop_above()
@@ -131,7 +130,7 @@ class _Bench:
 
     def through_kernel(self, subject: Subject, read: Callable[[Path], Sample]) -> Sample:
         with self._plain(subject) as target:
-            self._heat(subject.plain)
+            heat(subject.plain)
             return read(target)
 
     @contextmanager
@@ -148,10 +147,6 @@ class _Bench:
                 _drop(Path(directory, name))
         for device in self._client.run_dir.glob("dev/*/*"):
             _drop(device)
-
-    def _heat(self, path: Path) -> None:
-        """Brings the files below into the page cache."""
-        output_of(["sh", "-c", 'find "$1" -type f -exec cat {} + >/dev/null', "sh", path])
 
 
 def _drop(path: Path) -> None:

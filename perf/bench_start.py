@@ -28,7 +28,7 @@ from harness.client import Client
 from harness.containerd import Containerd, containerd
 from harness.images import Image, corpus_image
 from harness.options import parser, skip, work_directory
-from harness.processes import compile_bytecode, drop_page_caches, output_of
+from harness.processes import compile_bytecode, drop_page_caches, heat, output_of
 from harness.registry import push
 from harness.report import Report, Sample, tell
 from harness.shaped import ShapedRegistry, shaped_registry
@@ -46,6 +46,7 @@ def main() -> None:
     found.add_argument(
         "--chunk-size", nargs="+", default=["128KiB"], help="one snapshot each [128KiB]"
     )
+    found.add_argument("--keep-page-caches", action="store_true", help="the node is not cold")
     arguments = found.parse_args()
     tools = _checked_tools(arguments)
     images = _images(arguments)
@@ -58,7 +59,8 @@ def main() -> None:
     ):
         client = Client(work / "client")
         client.root.mkdir()
-        bench = _Bench(client, registry, rival, tools, work / "root")
+        bench = _Bench(client, registry, rival, tools, work)
+        bench.cold = not arguments.keep_page_caches
         try:
             for image in images:
                 bench.publish(image, arguments.chunk_size)
@@ -68,11 +70,12 @@ def main() -> None:
                 _figures(report, arguments, image)
         finally:
             client.end()
-        report.note(
-            "page caches were dropped before each sample"
-            if bench.dropped
-            else "page caches could NOT be dropped: these starts are not cold"
-        )
+        if arguments.keep_page_caches:
+            report.note("page caches were kept")
+        elif bench.cold:
+            report.note("page caches were dropped before each sample")
+        else:
+            report.note("page caches could NOT be dropped: these starts are not cold")
     report.note(f"link: {arguments.rate}, round trip {arguments.rtt}")
     report.finish()
 
@@ -113,14 +116,15 @@ class _Bench:
         registry: ShapedRegistry,
         rival: Containerd | None,
         tools: Path,
-        target: Path,
+        work: Path,
     ) -> None:
         self._client = client
         self._registry = registry
         self._rival = rival
         self._tools = tools
-        self._target = target
-        self.dropped = True
+        self._target = work / "root"
+        self._storage = work / "storage"
+        self.cold = True
 
     def publish(self, image: Image, chunk_sizes: list[str]) -> None:
         """The image and its snapshots into the registry, past the link."""
@@ -174,7 +178,9 @@ class _Bench:
 
     def _cold(self) -> None:
         shutil.rmtree(self._client.cache, ignore_errors=True)
-        self.dropped = drop_page_caches() and self.dropped
+        if self.cold:
+            self.cold = drop_page_caches()
+            heat(self._storage)
         self._registry.reset()
 
     def _start(self, image: Image, *arguments: str) -> dict[str, Any]:

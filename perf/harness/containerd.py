@@ -12,7 +12,6 @@ from harness.options import skip
 from harness.processes import Usage, child_environment, measured, running
 
 START_S = 30.0
-SNAPSHOTTER = "overlayfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +22,10 @@ class Containerd:
 
     def command(self, *arguments: str) -> list[str]:
         return ["ctr", "--address", str(self.socket), *arguments]
+
+    def answers(self) -> bool:
+        version = self.command("version")
+        return subprocess.run(version, capture_output=True, check=False).returncode == 0
 
     def pull(self, reference: str) -> Usage:
         return measured(self.command("images", "pull", "--plain-http", reference))

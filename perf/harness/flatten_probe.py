@@ -3,10 +3,6 @@
 import json
 import sys
 import time
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from imgsnap.convert.erofs_write import emit
 from imgsnap.convert.flatten import flatten

@@ -4,9 +4,13 @@ import argparse
 import contextlib
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import mkdtemp
+from types import FrameType
+from typing import NoReturn
 
 CORPUS = Path("/var/tmp/imgsnap-corpus")
 SKIPPED = 77
@@ -34,14 +38,25 @@ def parser(description: str | None, *, runs: int) -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def work_directory(arguments: argparse.Namespace) -> Iterator[Path]:
-    """A new directory, removed with all in it; on a disk, where users have their stores."""
+    """A new directory, removed with all in it; on a disk, where users have their stores.
+
+    From here on SIGTERM unwinds the stack, as Ctrl-C does.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     parent = arguments.work or Path(os.environ.get("TMPDIR", "/var/tmp"))
     path = Path(mkdtemp(prefix="imgsnap-perf-", dir=parent))
     try:
         yield path
     finally:
-        if not _mounted_below(path):
+        left = _mounted_below(path)
+        if left:
+            print(f"still mounted, so not removed: {', '.join(left)}", file=sys.stderr)
+        else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + signum)
 
 
 def _mounted_below(path: Path) -> list[str]:

@@ -66,7 +66,7 @@ def measured(
         try:
             _, status, usage = os.wait4(process.pid, 0)
         except BaseException:
-            end(process)
+            end_tree(process)
             raise
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -77,13 +77,29 @@ def measured(
 
 
 def output_of(command: Sequence[str | Path], **options: Any) -> str:
-    """Standard output of a command. Raises SystemExit with its last words when it fails."""
+    """Standard output of a command. Raises SystemExit with its last words when it fails.
+
+    When we are interrupted, the command and all that it started are ended.
+    """
     options.setdefault("env", child_environment())
-    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
-    if result.returncode:
-        words = (result.stdout + result.stderr)[-3000:]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **options)
+    try:
+        output, errors = process.communicate()
+    except BaseException:
+        end_tree(process)
+        raise
+    if process.returncode:
+        words = (output + errors)[-3000:]
         raise SystemExit(f"error: {_shown(command)} failed:\n{words}")
-    return str(result.stdout)
+    return str(output)
+
+
+def probe(name: str, *arguments: str | Path) -> str:
+    """What `harness.<name>` prints, run in an interpreter of its own."""
+    environment = child_environment()
+    environment["PYTHONPATH"] += f":{ROOT / 'perf'}"
+    return output_of([sys.executable, "-m", f"harness.{name}", *arguments], env=environment)
 
 
 @contextlib.contextmanager
@@ -108,6 +124,28 @@ def end(process: "subprocess.Popen[Any]") -> None:
             process.wait()
 
 
+def end_tree(process: "subprocess.Popen[Any]") -> None:
+    """As `end`, its descendants too: some, as containers, live in sessions of their own."""
+    descendants = _descendants(process.pid)
+    end(process)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + END_S / 4
+        for pid in descendants:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        while descendants and time.monotonic() < deadline:
+            descendants = [pid for pid in descendants if Path(f"/proc/{pid}").exists()]
+            time.sleep(0.05)
+
+
+def _descendants(pid: int) -> list[int]:
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        return []
+    return [item for child in children for item in (*_descendants(int(child)), int(child))]
+
+
 def cpu_seconds(pid: int) -> float:
     """User and system time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -129,6 +167,11 @@ def drop_page_caches() -> bool:
     except OSError:
         return False
     return True
+
+
+def heat(path: Path) -> None:
+    """Reads a file or all files below a directory into the page cache."""
+    output_of(["sh", "-c", 'find "$1" -type f -exec cat {} + >/dev/null', "sh", path])
 
 
 @contextlib.contextmanager
