@@ -56,7 +56,7 @@ class Subject:
 def main() -> None:
     found = parser(__doc__, runs=5)
     found.add_argument("--image", default="python-sci", help="of the corpus [python-sci]")
-    found.add_argument("--large-mib", type=int, default=512, help="size of the large file [512]")
+    found.add_argument("--large-mib", type=int, default=256, help="size of the large file [256]")
     found.add_argument("--reads", type=int, default=20_000, help="random reads a sample [20000]")
     arguments = found.parse_args()
     report = Report("read", vars(arguments))

@@ -1,4 +1,7 @@
-"""Writes a snapshot's device as a plain file: materialise_probe STORE CACHE RUN_DIR REFERENCE FILE"""
+"""Writes a snapshot's device as a plain file.
+
+materialise_probe STORE CACHE RUN_DIR REFERENCE FILE
+"""
 
 import sys
 from contextlib import ExitStack
