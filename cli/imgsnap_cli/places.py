@@ -65,9 +65,9 @@ class Places:
         location = parse_location(text)
         if isinstance(location, LayoutLocation) and location.tag is None:
             location = replace(location, tag=DEFAULT_TAG)
-        opened = self._shared(stack).open(location)
-        stack.enter_context(closing(opened.repository))
-        return opened.repository
+        repository, _ = self._open(location, create=False)
+        stack.enter_context(closing(repository))
+        return repository
 
     def writer(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
         """As `reader`, for a place to store under a tag; a missing layout is made.

@@ -58,8 +58,8 @@ def test_the_file_has_the_devices_bytes(built, tmp_path):
         assert os.listdir(file.parent) == [attach.DEVICE_FILE]
         assert file.stat().st_size == len(built.device)
         assert file.read_bytes() == built.device
-        # Requests of 1 MiB: a hundred small ones would be the kernel's default readahead.
-        assert store.statistics.hits + store.statistics.misses < len(built.device) / MIB * 4
+        # Requests as long as the readahead: page by page there would be a thousand.
+        assert store.statistics.hits + store.statistics.misses < len(built.device) / MIB * 10
         with pytest.raises(OSError):
             file.open("wb")
 
