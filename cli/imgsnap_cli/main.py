@@ -148,6 +148,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", None, 1)
+    except Exception as error:
+        if debug:
+            raise
+        message = f"internal error: {type(error).__name__}: {_one_line(error)}"
+        return _fail(message, "this is a defect; run again with --debug to see where", 1)
     return result if isinstance(result, int) else 0
 
 

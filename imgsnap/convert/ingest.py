@@ -5,6 +5,7 @@ Memory is a few MiB whatever the layer's size: the tar lives in the page cache o
 directory's disk, and mapped pages are given back as the parser passes them.
 """
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -222,16 +223,19 @@ def index_tar(
     try:
         if not os.fstat(fd).st_size:
             return build_layer((), layer.diff_id, rules, lambda content: b"")
-        with mmap.mmap(fd, 0, prot=mmap.PROT_READ) as mapping:
-            view = memoryview(mapping)
-            try:
-                reader = TarReader(view, limits, strip_root=strip_root)
-                pages = _Pages(mapping, reader)
-                return build_layer(
-                    pages.entries(), layer.diff_id, rules, lambda content: pages.digest(content)
-                )
-            finally:
-                view.release()
+        mapping = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+        view = memoryview(mapping)
+        try:
+            reader = TarReader(view, limits, strip_root=strip_root)
+            pages = _Pages(mapping, reader)
+            return build_layer(
+                pages.entries(), layer.diff_id, rules, lambda content: pages.digest(content)
+            )
+        finally:
+            view.release()
+            # The traceback of an error may hold slices; the mapping then goes when it does.
+            with contextlib.suppress(BufferError):
+                mapping.close()
     finally:
         os.close(fd)
 

@@ -226,7 +226,9 @@ class LayerBuilder:
 
         for path, node in nodes.items():
             if isinstance(node, _Inode) and node.entry.kind == Kind.DIRECTORY:
-                ensure(path)
+                record = ensure(path)
+                # Before it, the layer put something else there: that took what lower layers had.
+                record.opaque = path in self._cleared
             elif path:
                 ensure(path.rpartition(b"/")[0])
         for path, names in self._whiteouts.items():

@@ -91,6 +91,8 @@ def parse_pax(body: bytes, offset: int) -> PaxRecords:
 
 
 def _store(records: PaxRecords, keyword: bytes, value: bytes, offset: int) -> None:
+    if not value and not keyword.startswith(_XATTR):
+        return  # POSIX: as if the record were not there; an xattr's value may be empty
     match keyword:
         case b"path":
             records.path = value

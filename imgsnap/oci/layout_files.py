@@ -26,6 +26,7 @@ from pathlib import Path
 from imgsnap.digest import Digest, digest_hex, parse_digest
 from imgsnap.errors import (
     AccessDenied,
+    AlreadyExists,
     ImgsnapError,
     IntegrityError,
     InvalidArgument,
@@ -298,6 +299,8 @@ def _translate(error: OSError, path: Path, what: str) -> ImgsnapError:
         return IntegrityError(f"{what}: is a symbolic link, which a layout may not hold")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return AccessDenied(message)
+    if error.errno == errno.EEXIST:
+        return AlreadyExists(f"{what}: it is something else", hint="name an empty directory")
     if error.errno in (errno.ENOTDIR, errno.EISDIR):
         return IntegrityError(message)
     return Unavailable(message)

@@ -28,7 +28,7 @@ from imgsnap.formats.erofs_read import ErofsReader
 from imgsnap.formats.layer_index import Kind
 from imgsnap.oci.layout import LayoutRepository
 from tests.support.image_builder import image, write_layout
-from tests.support.tar_stacks import Entry, stacks, to_tar, unambiguous
+from tests.support.tar_stacks import Entry, stacks, to_tar, unambiguous, without_idle_whiteouts
 from tests.support.trees import Facts, observe
 
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -73,7 +73,8 @@ def test_the_snapshot_is_what_the_reference_unpacks(layers: list[list[Entry]]) -
 @settings(max_examples=25, deadline=None, suppress_health_check=QUIET)
 @given(stacks())
 def test_the_snapshot_is_what_umoci_unpacks(layers: list[list[Entry]]) -> None:
-    tars = [to_tar(layer) for layer in unambiguous(layers)]
+    # umoci makes no directory for the sake of a whiteout in it, as others do.
+    tars = [to_tar(layer) for layer in without_idle_whiteouts(unambiguous(layers))]
     with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
         root = Path(directory)
         try:
@@ -83,7 +84,6 @@ def test_the_snapshot_is_what_umoci_unpacks(layers: list[list[Entry]]) -> None:
         done = subprocess.run(
             ["umoci", "unpack", "--image", f"{root}/source:latest", f"{root}/bundle"],
             capture_output=True,
-            text=True,
         )
         assume(done.returncode == 0)
         with FlatDevice(device) as flat:
@@ -93,7 +93,8 @@ def test_the_snapshot_is_what_umoci_unpacks(layers: list[list[Entry]]) -> None:
 
 
 COMPARED = (b"user.", b"security.")
-"""Prefixes of xattrs that umoci writes; it keeps trusted.* only where the kernel lets it."""
+"""Prefixes of xattrs that umoci writes; it keeps trusted.* only where the kernel lets it, and
+like all of Go's tar reader none without a value (containerd reads the records itself)."""
 
 
 def plain(facts: Facts) -> dict[str, object]:
@@ -107,7 +108,7 @@ def plain(facts: Facts) -> dict[str, object]:
         "device": facts.rdev if stat.S_ISCHR(facts.mode) or stat.S_ISBLK(facts.mode) else 0,
         "target": facts.target,
         "content": hashlib.sha256(facts.content).hexdigest(),
-        "xattrs": {k: v for k, v in facts.xattrs.items() if k.startswith(COMPARED)},
+        "xattrs": {k: v for k, v in facts.xattrs.items() if v and k.startswith(COMPARED)},
         "links": facts.links,
     }
 
@@ -142,7 +143,7 @@ def facts_of(reader: ErofsReader) -> dict[bytes, dict[str, object]]:
             "device": _device(inode.rdev),
             "target": reader.readlink(inode) if is_link else b"",
             "content": hashlib.sha256(content).hexdigest(),
-            "xattrs": {k: v for k, v in xattrs.items() if k.startswith(COMPARED)},
+            "xattrs": {k: v for k, v in xattrs.items() if v and k.startswith(COMPARED)},
             "links": () if kind == Kind.DIRECTORY else tuple(sorted(names[inode.nid])),
         }
     return found

@@ -197,6 +197,23 @@ def unambiguous(layers: list[list[Entry]]) -> list[list[Entry]]:
     return kept
 
 
+def without_idle_whiteouts(layers: list[list[Entry]]) -> list[list[Entry]]:
+    """The stack without whiteouts in directories that the lower layers do not have."""
+    tree = ReferenceTree()
+    kept = []
+    for layer in layers:
+        below = dict(tree.walk())
+        chosen = []
+        for entry in layer:
+            parent, _, name = entry.item.path.rpartition(b"/")
+            node = below.get(parent)
+            if not name.startswith(b".wh.") or (node and node.kind == Kind.DIRECTORY):
+                chosen.append(entry)
+        tree.apply(io.BytesIO(to_tar(chosen)))
+        kept.append(chosen)
+    return kept
+
+
 @dataclass(frozen=True)
 class _Reach:
     """Where an entry leads: the path it names, the one it reaches, and the links on the way."""

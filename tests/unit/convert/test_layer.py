@@ -178,3 +178,9 @@ def test_device_numbers_and_their_range():
 def test_two_thousand_directories_deep():
     index = build(Item(b"/".join([b"d"] * 2000) + b"/f", content=b"1"))
     assert len(index.directories) == 2001
+
+
+def test_a_directory_after_a_file_hides_what_lower_layers_have():
+    index = build(Item(b"c"), Item(b"c", DIR), Item(b"c/x", DIR), Item(b"d", DIR))
+    opaque = {record.path for record in index.directories if record.opaque}
+    assert opaque == {b"c"}

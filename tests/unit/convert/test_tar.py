@@ -235,3 +235,10 @@ def test_damage_ends_in_a_named_error(cut, flips):
             assert all(place + length <= len(raw) for _, place, length in entry.segments)
     except ImgsnapError:
         pass
+
+
+def test_pax_records_without_a_value_say_nothing_but_for_xattrs():
+    records = [(b"path", b""), (b"uid", b""), (b"mtime", b""), (b"SCHILY.xattr.user.x", b"")]
+    (entry,) = entries(pax(records) + header(b"name") + end())
+    assert (entry.path, entry.uid, entry.mtime) == (b"name", 0, 0)
+    assert entry.xattrs == ((b"user.x", b""),)
