@@ -213,7 +213,7 @@ def label(image: Image, method: str, chunk_size: str) -> str:
     return f"{image.name}, {method}" + (f", chunks {chunk_size}" if chunk_size else "")
 
 
-def _sample(first_s: float, task: dict[str, Any], counts: dict[str, Any]) -> Sample:
+def _sample(first_s: float, task: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     """`first_s` is what came before the task: the mount, or the pull."""
     return {
         "ready_s": first_s + task["ready_s"],
