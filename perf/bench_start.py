@@ -28,12 +28,20 @@ from harness.client import Client
 from harness.containerd import Containerd, containerd
 from harness.images import Image, corpus_image
 from harness.options import parser, skip, work_directory
-from harness.processes import compile_bytecode, drop_page_caches, heat, output_of
+from harness.processes import (
+    compile_bytecode,
+    cpu_seconds,
+    drop_page_caches,
+    heat,
+    memory,
+    output_of,
+)
 from harness.registry import push
 from harness.report import Report, Sample, tell
 from harness.shaped import ShapedRegistry, shaped_registry
 
 IMAGES = ("nginx", "python-app", "python-sci", "node", "gcc")
+LIMIT_RSS = 64 << 20
 METHODS = ("mount", "run", "pull")
 
 
@@ -154,7 +162,9 @@ class _Bench:
         with self._client.mounted(reference, self._target, "--plain-http") as usage:
             task = self._start(image, str(self._target))
             counts = self._registry.counts()
-        return _sample(usage.wall_s, task, counts)
+            server = self._client.server_pid(self._target)
+            cpu = usage.cpu_s + cpu_seconds(server)
+            return _sample(usage.wall_s, task, counts) | {"cpu_s": cpu, **memory(server)}
 
     def _run(self, image: Image, chunk_size: str) -> Sample:
         self._cold()
@@ -169,9 +179,11 @@ class _Bench:
         container = f"perf-{os.getpid()}"
         self._cold()
         try:
+            before = cpu_seconds(self._rival.pid)
             usage = self._rival.pull(reference)
+            cpu = usage.cpu_s + cpu_seconds(self._rival.pid) - before
             task = self._start(image, "--exec", *self._rival.run_command(reference, container))
-            return _sample(usage.wall_s, task, self._registry.counts())
+            return _sample(usage.wall_s, task, self._registry.counts()) | {"cpu_s": cpu}
         finally:
             self._rival.remove_container(container)
             self._rival.forget(reference)
@@ -201,7 +213,7 @@ def label(image: Image, method: str, chunk_size: str) -> str:
     return f"{image.name}, {method}" + (f", chunks {chunk_size}" if chunk_size else "")
 
 
-def _sample(first_s: float, task: dict[str, Any], counts: dict[str, Any]) -> Sample:
+def _sample(first_s: float, task: dict[str, Any], counts: dict[str, Any]) -> dict[str, Any]:
     """`first_s` is what came before the task: the mount, or the pull."""
     return {
         "ready_s": first_s + task["ready_s"],
@@ -231,6 +243,12 @@ def _figures(report: Report, arguments: argparse.Namespace, image: Image) -> Non
                 other = report.median(rival, "first_s") if rival else None
                 against = "the pull alone" if rival else ""
                 report.figure(f"{ours}: of which mount", first, "s", against, other)
+                against = "ctr's and containerd's for the pull" if rival else ""
+                other = report.median(rival, "cpu_s") if rival else None
+                cpu = report.median(ours, "cpu_s")
+                report.figure(f"{ours}: CPU of imgsnap", cpu, "s", against, other)
+                rss = report.median(ours, "VmHWM")
+                report.figure(f"{ours}: server peak RSS", rss, "B", "limit", LIMIT_RSS, 1.0)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class Containerd:
     """Pulls and runs through `ctr`."""
 
     socket: Path
+    pid: int
 
     def command(self, *arguments: str) -> list[str]:
         return ["ctr", "--address", str(self.socket), *arguments]
@@ -67,7 +68,7 @@ def containerd(work: Path) -> Iterator[Containerd]:
         log.open("wb") as out,
         running(command, stdout=out, stderr=subprocess.STDOUT) as process,
     ):
-        server = Containerd(socket)
+        server = Containerd(socket, process.pid)
         deadline = time.monotonic() + START_S
         while subprocess.run(
             server.command("version"), capture_output=True, check=False
