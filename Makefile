@@ -22,10 +22,10 @@ check: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
-	$(PY) -m pytest -q tests/unit
+	$(PY) -m pytest -q -n 2 tests/unit
 
 test: check
-	$(PY) -m pytest -q tests/property tests/integration
+	$(PY) -m pytest -q -n 2 tests/property tests/integration
 
 bench: setup
 	$(PY) perf/run.py

@@ -7,9 +7,10 @@ artefacts; it is never consulted by readers.
 
 import contextlib
 import fcntl
+import logging
 import os
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -18,13 +19,15 @@ from imgsnap.digest import ChunkId, Digest, digest_from_raw, digest_to_raw
 from imgsnap.errors import Busy
 from imgsnap.formats.chunk_map import ChunkMap, ChunkPlace, PackRef
 
+log = logging.getLogger(__name__)
+
 _PLACE = struct.Struct("<32sQII")
 """0 32 pack sha256 · 32 8 u64 pack size · 40 4 u32 offset · 44 4 u32 length"""
 assert _PLACE.size == 48
 
 _CHUNK = b"c"  # + chunk id -> _PLACE
-_SEEN = b"m"  # + sha256 of a layer artefact's manifest -> b""
-_FORMAT = b"f1"  # a database without this key is of another version and is rebuilt
+_SEEN = b"a"  # + name of a layer artefact -> b""
+_FORMAT = b"f2"  # a database without this key is of another version and is rebuilt
 
 
 class ChunkIndex:
@@ -40,11 +43,7 @@ class ChunkIndex:
         self._lock = os.open(
             path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
         )
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise Busy(f"{path}: another conversion uses this chunk index") from error
+        self._acquire(path, wait)
         options = Options(raw_mode=True)  # the default mode would unpickle what it reads
         options.create_if_missing(True)
         options.set_max_open_files(64)
@@ -54,6 +53,16 @@ class ChunkIndex:
         except BaseException:
             os.close(self._lock)
             raise
+
+    def _acquire(self, path: Path, wait: bool) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if not wait:
+                os.close(self._lock)
+                raise Busy(f"{path}: another conversion uses this chunk index") from error
+            log.warning("waiting for another conversion into the same target")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
 
     @staticmethod
     def _open(rdict: Any, path: Path, options: Any, access: Any) -> Any:
@@ -95,12 +104,12 @@ class ChunkIndex:
         pack, size, offset, length = _PLACE.unpack(raw)
         return ChunkPlace(PackRef(digest_from_raw(pack), size), offset, length)
 
-    def has_manifest(self, digest: Digest) -> bool:
-        """Whether the layer artefact with this manifest has been taken in."""
-        return self._db.get(_SEEN + digest_to_raw(digest)) is not None
+    def has_artifact(self, name: str) -> bool:
+        """Whether the layer artefact of this name has been taken in."""
+        return self._db.get(_SEEN + name.encode()) is not None
 
-    def add(self, chunk_map: ChunkMap, manifest: Digest) -> None:
-        """Takes in a layer artefact's chunks, all or none of them."""
+    def add(self, chunk_map: ChunkMap, name: str) -> None:
+        """Takes in the chunks of the layer artefact `name`, all or none of them."""
         from rocksdict import WriteBatch
 
         batch = WriteBatch(raw_mode=True)
@@ -110,7 +119,7 @@ class ChunkIndex:
                 digest_to_raw(place.pack.digest), place.pack.size, place.offset, place.length
             )
             batch.put(key, raw)
-        batch.put(_SEEN + digest_to_raw(manifest), b"")
+        batch.put(_SEEN + name.encode(), b"")
         self._db.write(batch)
 
     def forget_pack(self, pack: Digest) -> None:
@@ -132,8 +141,3 @@ def _stored(chunk_map: ChunkMap) -> Iterator[tuple[ChunkId, ChunkPlace]]:
             place = chunk_map.place(extent, row)
             if place is not None:
                 yield extent.chunk_id(row), place
-
-
-def known_packs(places: Iterable[ChunkPlace]) -> set[PackRef]:
-    """The packs that these places are in."""
-    return {place.pack for place in places}

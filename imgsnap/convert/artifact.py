@@ -36,7 +36,6 @@ class LayerArtifact:
 
     index: LayerIndex
     chunk_map: ChunkMap
-    manifest: Digest
 
 
 def layer_tag(diff_id: Digest, rules: Rules) -> str:
@@ -65,7 +64,7 @@ def find_artifact(repository: Repository, layer: LayerSource, rules: Rules) -> L
         raise FormatError(RECORD, "chunk map", 0, "is of another layer")
     if chunk_map.extents[0].total_blocks != index.extent_blocks:
         raise FormatError(RECORD, "chunk map", 0, "does not cover the layer's extent")
-    return LayerArtifact(index, chunk_map, raw.descriptor.digest)
+    return LayerArtifact(index, chunk_map)
 
 
 def read_chunk_map(repository: Repository, manifest: ImageManifest) -> ChunkMap:
@@ -127,4 +126,4 @@ def publish_artifact(
     )
     raw: RawManifest = raw_manifest(document)
     target.put_manifest(raw, [layer_tag(index.diff_id, index.rules)])
-    return LayerArtifact(index, packed.chunk_map, raw.descriptor.digest)
+    return LayerArtifact(index, packed.chunk_map)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from imgsnap.blockstore.chunk_index import ChunkIndex
 from imgsnap.convert.artifact import RECORD, TAG_PREFIX, read_chunk_map
-from imgsnap.digest import ChunkId, Digest
+from imgsnap.digest import ChunkId
 from imgsnap.errors import IntegrityError, NotFound
 from imgsnap.formats.chunk_map import ChunkMap, ChunkPlace, PackRef
 from imgsnap.oci import media_types
@@ -18,33 +18,39 @@ log = logging.getLogger(__name__)
 SYNC_THREADS = 8
 
 
+def artifact_name(repository: Repository, tag: str) -> str:
+    """What the chunk index calls a layer artefact; one index may know several repositories."""
+    return f"{repository.name} {tag}"
+
+
 def sync_chunk_index(repository: Repository, index: ChunkIndex) -> int:
     """Takes every layer artefact of the repository that the index has not seen into it.
 
-    Returns how many were new. An artefact that is damaged or half deleted is left out: its
-    chunks are then stored again.
+    Returns how many were new. One request lists the tags, whatever their number; artefacts seen
+    before cost nothing. One that is damaged or half deleted is left out: its chunks are then
+    stored again.
     """
+    new = {
+        name: tag
+        for tag in repository.tags(TAG_PREFIX)
+        if not index.has_artifact(name := artifact_name(repository, tag))
+    }
     taken = 0
     with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="imgsnap-sync") as pool:
-        reads = [pool.submit(_read, repository, tag, index) for tag in repository.tags(TAG_PREFIX)]
-        for read in reads:
-            found = read.result()
-            if found is not None:
-                chunk_map, digest = found
-                index.add(chunk_map, digest)
+        found = pool.map(lambda tag: _read(repository, tag), new.values())
+        for name, chunk_map in zip(new, found, strict=True):
+            if chunk_map is not None:
+                index.add(chunk_map, name)
                 taken += 1
     return taken
 
 
-def _read(repository: Repository, tag: str, index: ChunkIndex) -> tuple[ChunkMap, Digest] | None:
+def _read(repository: Repository, tag: str) -> ChunkMap | None:
     try:
-        raw = repository.manifest(tag)
-        if index.has_manifest(raw.descriptor.digest):
-            return None
-        manifest = parse_manifest(raw.raw, record=RECORD)
+        manifest = parse_manifest(repository.manifest(tag).raw, record=RECORD)
         if manifest.artifact_type != media_types.ARTIFACT_LAYER:
             return None
-        return read_chunk_map(repository, manifest), raw.descriptor.digest
+        return read_chunk_map(repository, manifest)
     except (NotFound, IntegrityError) as error:
         log.warning("leaving out layer artefact tag=%s: %s", tag, error)
         return None

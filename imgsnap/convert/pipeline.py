@@ -21,10 +21,11 @@ from imgsnap.convert import ingest
 from imgsnap.convert.artifact import (
     LayerArtifact,
     find_artifact,
+    layer_tag,
     pack_descriptor,
     publish_artifact,
 )
-from imgsnap.convert.dedupe import Known
+from imgsnap.convert.dedupe import Known, artifact_name
 from imgsnap.convert.ingest import LayerSource
 from imgsnap.convert.layer import BuiltLayer
 from imgsnap.convert.limits import Limits
@@ -228,14 +229,16 @@ class Conversion:
             # A rerun finds the layers that were finished before the one that failed.
             for item in published:
                 with contextlib.suppress(Exception):
-                    self._index.add(
-                        item.artifact.result().chunk_map, item.artifact.result().manifest
-                    )
+                    self._remember(item.artifact.result())
             raise
         for item in published:
             artifact = artifacts[item.layer.diff_id] = item.artifact.result()
-            self._index.add(artifact.chunk_map, artifact.manifest)
+            self._remember(artifact)
             reports[item.layer.diff_id] = _report(item.layer, artifact, item.packed)
+
+    def _remember(self, artifact: LayerArtifact) -> None:
+        tag = layer_tag(artifact.index.diff_id, artifact.index.rules)
+        self._index.add(artifact.chunk_map, artifact_name(self._target, tag))
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
