@@ -89,10 +89,15 @@ def is_gzip(path: Path) -> bool:
 
 
 def flattened_tar(image: Image, work: Path) -> Path:
-    """One sorted tar of the whole image, as `mksquashfs -tar` wants it."""
+    """One sorted tar of the whole image, as `mksquashfs -tar` wants it.
+
+    Times before 1970 become 1970: mksquashfs 4.5.1 gives up on them.
+    """
     bundle, tar = work / "bundle", work / f"{image.name}.tar"
     try:
         output_of(["umoci", "unpack", "--image", f"{image.layout}:{image.tag}", bundle])
+        early = ["find", bundle / "rootfs", "!", "-newermt", "@0"]
+        output_of([*early, "-exec", "touch", "-h", "-d", "@0", "{}", "+"])
         command: list[str | Path] = ["tar", "--sort=name", "--numeric-owner", "--xattrs"]
         command += ["--xattrs-include=*", "-C", bundle / "rootfs", "-cf", tar, "."]
         output_of(command)
