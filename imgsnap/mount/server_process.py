@@ -204,6 +204,11 @@ def _send(pipe: int, value: dict[str, object]) -> None:
 
 def _start_log(path: Path) -> None:
     logging.raiseExceptions = False
+    # The command that forked us logs to its own standard error; we have only the file.
+    package = logging.getLogger("imgsnap")
+    package.handlers.clear()
+    package.propagate = True
+    package.setLevel(logging.INFO)
     logging.basicConfig(
         filename=path,
         level=logging.INFO,
