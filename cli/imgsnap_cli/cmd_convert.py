@@ -31,7 +31,7 @@ from imgsnap_cli.settings import Settings
     help="Take converted layers and packs from here too",
 )
 @click.option("--compression", default="zstd:3", show_default=True, metavar="zstd:LEVEL")
-@click.option("--chunk-size", default="128KiB", show_default=True, help="Target size of a chunk")
+@click.option("--chunk-size", default="256KiB", show_default=True, help="Target size of a chunk")
 @click.option("-j", "--jobs", type=click.IntRange(1, 256), help="Threads [all processors]")
 @click.option("--work-dir", metavar="DIR", help="For decompressed layers [TMPDIR, /var/tmp]")
 @click.option("--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Raise a limit")

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from imgsnap.errors import InvalidArgument, InvalidReference
+from imgsnap.errors import InvalidReference
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
     from imgsnap.mount.session import MountOptions
-    from imgsnap.oci.locate import RepositoryOpener
+    from imgsnap.oci.locate import RegistryOptions
+    from imgsnap.oci.reference import Location
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -43,24 +44,19 @@ def registry_flags(function: F) -> F:
 
 
 class Places:
-    """Opens what references name; everything opened is closed with the given stack.
-
-    Repositories of one registry share connections and tokens, so that blobs can be mounted from
-    one to the other.
-    """
+    """Opens what references name; everything opened is closed with the given stack."""
 
     def __init__(self, settings: Settings, flags: dict[str, Any]) -> None:
         self._settings = settings
-        self._options = _registry_options(flags)
-        self._opener: RepositoryOpener | None = None
+        self._flags = flags
 
     def reader(self, stack: ExitStack, text: str) -> "tuple[Repository, str]":
         """The repository of a reference and its tag or digest."""
         from imgsnap.oci.reference import parse_location
 
-        opened = self._shared(stack).open(parse_location(text))
-        stack.enter_context(closing(opened.repository))
-        return opened.repository, opened.reference
+        repository, reference = self._open(parse_location(text), create=False)
+        stack.enter_context(closing(repository))
+        return repository, reference
 
     def repository(self, stack: ExitStack, text: str) -> "Repository":
         """The repository alone: a layout that holds many images needs no name here."""
@@ -69,9 +65,9 @@ class Places:
         location = parse_location(text)
         if isinstance(location, LayoutLocation) and location.tag is None:
             location = replace(location, tag=DEFAULT_TAG)
-        opened = self._shared(stack).open(location)
-        stack.enter_context(closing(opened.repository))
-        return opened.repository
+        repository, _ = self._open(location, create=False)
+        stack.enter_context(closing(repository))
+        return repository
 
     def writer(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
         """As `reader`, for a place to store under a tag; a missing layout is made.
@@ -91,21 +87,30 @@ class Places:
                 f"{text!r} cannot be written to",
                 hint="a target is REGISTRY/REPOSITORY[:TAG], store:NAME[:TAG] or oci:DIR[:TAG]",
             )
-        opened = self._shared(stack).open(location, create=True)
-        stack.enter_context(closing(opened.repository))
-        return opened.writable, opened.reference
+        repository, tag = self._open(location, create=True)
+        stack.enter_context(closing(repository))
+        return cast("WritableRepository", repository), tag
 
-    def _shared(self, stack: ExitStack) -> "RepositoryOpener":
-        if self._opener is None:
-            self._opener = self._new_opener()
-            stack.callback(self._opener.close)
-        return self._opener
+    def _open(self, location: "Location", *, create: bool) -> "tuple[Repository, str]":
+        from imgsnap.oci.locate import open_repository
 
-    def _new_opener(self) -> "RepositoryOpener":
-        from imgsnap.oci.locate import RegistryOptions, RepositoryOpener
+        return open_repository(
+            location,
+            self._registry_options(),
+            store=self._settings.store,
+            environ=self._settings.environ,
+            create=create,
+        )
 
-        options = RegistryOptions(**self._options)
-        return RepositoryOpener(options, store=self._settings.store, environ=self._settings.environ)
+    def _registry_options(self) -> "RegistryOptions":
+        """The registry flags as the library has them. Raises InvalidArgument."""
+        from imgsnap.oci.locate import RegistryOptions, parse_headers
+
+        flags = dict(self._flags)
+        headers = parse_headers(flags.pop("headers"))
+        for name in ("ca_file", "cert_file", "key_file", "registry_config"):
+            flags[name] = Path(flags[name]).absolute() if flags[name] else None
+        return RegistryOptions(headers=headers, **flags)
 
     def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
         """The snapshot that a reference names, through the node cache."""
@@ -123,23 +128,20 @@ class Places:
     ) -> "tuple[MountOptions, Callable[[], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
         from imgsnap.mount.session import MountOptions
-        from imgsnap.oci.reference import RegistryLocation, parse_location
+        from imgsnap.oci.locate import reference_of
+        from imgsnap.oci.reference import parse_location
 
         location = parse_location(text)
-        if isinstance(location, RegistryLocation):
-            reference = location.reference
-        else:
-            with ExitStack() as stack:  # a layout with one image needs no tag
-                _, reference = self.reader(stack, text)
         options = MountOptions(
-            reference=reference,
+            reference=reference_of(location),
             target=target,
             run_dir=self._settings.run,
             cache_dir=self._settings.cache,
             platform=_platform(platform),
             read_write=read_write,
         )
-        return options, lambda: self._new_opener().open(location).repository
+        self._registry_options()  # refused here, where the user sees it at once
+        return options, lambda: self._open(location, create=False)[0]
 
     def image_config(
         self, stack: ExitStack, text: str, digest: str
@@ -174,21 +176,6 @@ class Places:
             return self._settings.cache / "chunk-index" / digest
         root = location.path if isinstance(location, LayoutLocation) else self._settings.store
         return root / "imgsnap" / "chunk-index"
-
-
-def _registry_options(flags: dict[str, Any]) -> dict[str, Any]:
-    """The registry flags as `RegistryOptions` has them. Raises InvalidArgument."""
-    options = {name: flags[name] for name in ("plain_http", "insecure")}
-    for name in ("ca_file", "cert_file", "key_file", "registry_config"):
-        options[name] = Path(flags[name]) if flags[name] else None
-    headers = []
-    for text in flags["headers"]:
-        key, colon, value = text.partition(":")
-        if not colon or not key.strip():
-            raise InvalidArgument(f"header {text!r} is not NAME:VALUE")
-        headers.append((key.strip(), value.strip()))
-    options["headers"] = tuple(headers)
-    return options
 
 
 def _platform(text: str | None) -> "Platform | None":

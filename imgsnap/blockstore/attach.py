@@ -13,10 +13,14 @@ from imgsnap.blockstore.statistics import Statistics
 
 @contextmanager
 def attach_reader(snapshot: Snapshot, cache: NodeCache) -> Iterator[BlockReader]:
-    """A block reader over the snapshot; the snapshot itself stays open."""
+    """A block reader over the snapshot; the snapshot itself stays open.
+
+    Without readahead: who reads this way knows what it wants, and asks for it in large pieces.
+    """
     statistics = Statistics()
     fetcher = Fetcher(cache, statistics)
-    reader = BlockReader(snapshot, ExtentPool(cache, statistics), fetcher, statistics)
+    pool = ExtentPool(cache, statistics)
+    reader = BlockReader(snapshot, pool, fetcher, statistics, readahead_max=0)
     try:
         yield reader
     finally:

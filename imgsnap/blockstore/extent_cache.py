@@ -13,10 +13,11 @@ import struct
 import threading
 import zlib
 from array import array
+from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from imgsnap.blockstore.node_cache import NodeCache, cache_error, remove_tree
 from imgsnap.blockstore.statistics import Statistics
@@ -100,11 +101,8 @@ class ExtentCache:
 
     def rows(self, offset: int, end: int) -> range:
         """The chunks that hold bytes [offset, end), a non-empty range inside the extent."""
-        from bisect import bisect_right
-
         first = bisect_right(self.starts, offset >> BLOCK_BITS) - 1
-        last = bisect_right(self.starts, (end - 1) >> BLOCK_BITS)
-        return range(first, last)
+        return range(first, bisect_right(self.starts, (end - 1) >> BLOCK_BITS, first))
 
     def place(self, row: int) -> tuple[int, int]:
         """Offset and size of a chunk in the extent, in bytes."""
@@ -184,21 +182,20 @@ class ExtentCache:
     # Data ------------------------------------------------------------------------------------
 
     def read_into(self, view: memoryview, offset: int) -> bool:
-        """Fills `view` from chunks that are `ready`. False when the file has become shorter or
-        unreadable; its chunks are then distrusted and will be verified again."""
+        """Fills `view` if all its chunks are here, hashing those found on disk; else False.
+
+        False too when the file has become shorter or unreadable: its chunks are then distrusted
+        and will be verified again.
+        """
         rows = self.rows(offset, offset + len(view))
+        if not self.ready(rows):
+            return False
         try:
-            count = os.preadv(self._data, (view,), offset)
-            while 0 < count < len(view):
-                more = os.preadv(self._data, (view[count:],), offset + count)
-                if not more:
-                    break
-                count += more
+            # A regular file is short only at its end, so one call is enough.
+            if os.preadv(self._data, (view,), offset) == len(view):
+                return True
         except OSError as error:
             _log.warning("cannot read the cache of extent %s: %s", self.id, error)
-            count = -1
-        if count == len(view):
-            return True
         with self._lock:
             for row in rows:
                 if self._state[row] == VERIFIED:
@@ -237,8 +234,14 @@ class ExtentCache:
             _log.warning("cannot write the presence map of extent %s: %s", self.id, error)
 
     def close(self) -> None:
-        for fd in (self._data, self._map):
-            os.close(fd)
+        """Nothing may be read later; a transfer that ends later writes to no descriptor at all,
+        rather than to one that has been given to another file."""
+        with self._lock:
+            data, presence = self._data, self._map
+            self._data = self._map = -1
+            self._storing = False
+        os.close(data)
+        os.close(presence)
 
 
 class ExtentPool:
@@ -271,8 +274,7 @@ class ExtentPool:
         known.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
+class _Files(NamedTuple):
     """The open files of one extent; `storing` is False when they are stand-ins in memory."""
 
     extent_id: str
@@ -317,7 +319,7 @@ def _open_existing(directory: Path, header: PresenceHeader) -> _Files | None:
             return _Files(header.extent_id, data, present, storing=True)
         problem = "the presence map does not fit its data file"
     except (FileNotFoundError, NotADirectoryError) as error:
-        problem = str(error) if fds else ""
+        problem = str(error) if directory.exists() else ""
     except FormatError as error:
         problem = str(error)
     except OSError as error:

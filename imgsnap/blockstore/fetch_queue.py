@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from imgsnap.blockstore.extent_cache import ExtentCache
 from imgsnap.digest import Digest
@@ -60,9 +61,12 @@ ChunkKey = tuple[str, int]
 class Batch:
     """Chunks that one caller waits for; `done` is called once, when all are there or one failed."""
 
-    __slots__ = ("_done", "deadline", "error", "finished", "held", "remaining")
+    __slots__ = ("_done", "deadline", "error", "finished", "held", "priority", "remaining")
 
-    def __init__(self, done: Callable[["Batch"], None], deadline_s: float) -> None:
+    def __init__(
+        self, done: Callable[["Batch"], None], priority: Priority, deadline_s: float
+    ) -> None:
+        self.priority = priority
         self.remaining = 0
         self.held: dict[ChunkKey, bytes] = {}  # chunks that no disk could keep
         self.error: BaseException | None = None
@@ -106,8 +110,7 @@ class Task:
         self.waiters: list[Batch] = []
 
 
-@dataclass(frozen=True, slots=True)
-class FetchRange:
+class FetchRange(NamedTuple):
     """Frames fetched by one request: bytes [start, end) of a pack; no pack for zero chunks."""
 
     tasks: Sequence[Task]

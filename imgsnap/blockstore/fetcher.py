@@ -18,6 +18,7 @@ from imgsnap.blockstore.fetch_queue import (
     Priority,
     Task,
 )
+from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.pack_files import PackFiles
 from imgsnap.blockstore.statistics import FetchCounts, Statistics
@@ -45,6 +46,7 @@ class Fetcher:
         self._background_max = max(1, threads - RESERVED_THREADS)
         self._statistics = statistics
         self._packs = PackFiles(cache)
+        self._damage = RateLimit(_log)
         self._changed = threading.Condition()
         # All below under the condition's lock.
         self._queue = FetchQueue()
@@ -69,7 +71,7 @@ class Fetcher:
 
         The batch's `error` is None when each chunk is verified in its cache or in `held`.
         """
-        batch = Batch(done, deadline_s)
+        batch = Batch(done, priority, deadline_s)
         with self._changed:
             if self._closed:
                 batch.fail(Unavailable("the block store is closing"))
@@ -208,6 +210,8 @@ class Fetcher:
     def _download(self, source: ChunkSource, pack: Descriptor, taken: FetchRange) -> bool:
         """Fetches the whole pack, or parks `taken` when another thread does so already."""
         with self._changed:
+            if self._packs.has(pack):
+                return True  # it came while our range request was refused
             parked = self._downloads.get(pack.digest)
             if parked is not None:
                 parked.extend(taken.tasks)
@@ -258,7 +262,8 @@ class Fetcher:
             data = _decode(task, frame)
         except IntegrityError as error:
             self._statistics.source_damage += 1
-            _log.warning("%s is damaged, asking again: %s", task.source.describe(task.row), error)
+            what = task.source.describe(task.row)
+            self._damage.log(logging.WARNING, "%s is damaged, asking again: %s", what, error)
             self._retry(task, pack)
             return
         self._settle(task, data, None)
@@ -294,11 +299,25 @@ class Fetcher:
         else:
             self._statistics.failures += 1
             _log.debug("%s: %s", task.source.describe(task.row), error)
+            if self._try_for_demand(task):
+                return
         with self._changed:
             waiters = self._queue.finish(task)
             finished = [batch for batch in waiters if batch.settle(task.key, kept, error)]
             self._batches.difference_update(finished)
         notify_all(finished)
+
+    def _try_for_demand(self, task: Task) -> bool:
+        """Queues a failed background task again for a reader who joined it under way: the reader
+        is owed an attempt of its own."""
+        with self._changed:
+            wanted = min((batch.priority for batch in task.waiters), default=task.priority)
+            if wanted >= task.priority or self._closed:
+                return False
+            task.priority = wanted
+            self._queue.put_back([task])
+            self._wake()
+            return True
 
 
 def notify_all(batches: Sequence[Batch]) -> None:

@@ -4,8 +4,8 @@
 
     <root>/v1/                        the format version; another version is another tree
       blobs/<hex>                     manifests and configs as the repository sent them, by sha256
-      chunk-maps/<hex>                chunk maps, still compressed, by sha256 of the blob
-      metadata/<hex>                  metadata regions, by sha256 of the region; see `Footer`
+      chunk-maps/<hex>                decompressed chunk maps, by sha256 of the blob; with FOOTER
+      metadata/<hex>                  metadata regions, by sha256 of the region; with FOOTER
       packs/<hex>                     whole packs, only from servers without range requests
       tags/<hex>                      what a tag or image named last, for when the registry is away
       extents/<extent id>/data        an extent's bytes, sparse
@@ -14,14 +14,15 @@
 
 Every file but an extent's two is immutable: it is written under ``tmp/`` and renamed, so that a
 name that exists has all its bytes, and two processes that make the same file both win. Nothing
-here is trusted because of its name: small blobs are hashed again when they are read, metadata
-carries a BLAKE3 sum (0.3 ms/MiB where sha256 needs up to 5), chunks are hashed on first use.
+here is trusted because of its name: small blobs are hashed again when they are read, decompressed
+ones carry a BLAKE3 sum (0.3 ms/MiB where sha256 needs up to 5), chunks are hashed on first use.
 """
 
 import errno
 import os
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +36,13 @@ from imgsnap.units import MIB
 CACHE_VERSION = "v1"
 
 FOOTER = struct.Struct("<32sQ4sI")
-"""After a metadata region: 0 32 BLAKE3 of the region · 32 8 u64 its size · 40 4 magic ·
+"""After decompressed content: 0 32 BLAKE3 of the content · 32 8 u64 its size · 40 4 magic ·
 44 4 u32 CRC-32 of the 44 bytes before it"""
-FOOTER_MAGIC = b"ISMD"
+FOOTER_MAGIC = b"ISDC"
 assert FOOTER.size == 48
+
+STALE_S = 86_400
+"""A temporary file this old belongs to nobody: no pack takes a day."""
 
 _DIRECTORIES = ("blobs", "chunk-maps", "metadata", "packs", "tags", "extents", "tmp")
 
@@ -59,9 +63,9 @@ class NodeCache:
 
     # Small blobs -----------------------------------------------------------------------------
 
-    def load_blob(self, digest: Digest, *, kind: str = "blobs") -> bytes | None:
+    def load_blob(self, digest: Digest) -> bytes | None:
         """A small blob, hashed again; None when it is absent or damaged (then it is removed)."""
-        path = self.root / kind / digest_hex(digest)
+        path = self.root / "blobs" / digest_hex(digest)
         try:
             raw = path.read_bytes()
         except OSError:
@@ -71,11 +75,15 @@ class NodeCache:
             return None
         return raw
 
-    def store_blob(self, digest: Digest, raw: bytes, *, kind: str = "blobs") -> None:
+    def store_blob(self, digest: Digest, raw: bytes) -> None:
         """Keeps a blob the caller has verified, if the disk is not full."""
+        self._store(self.root / "blobs" / digest_hex(digest), raw)
+
+    def _store(self, path: Path, *parts: bytes) -> None:
         try:
-            with self.new_file(self.root / kind / digest_hex(digest)) as file:
-                file.write(raw)
+            with self.new_file(path) as file:
+                for part in parts:
+                    file.write(part)
         except ResourceExhausted:
             return
 
@@ -89,14 +97,32 @@ class NodeCache:
             return None
 
     def store_tag(self, key: str, value: bytes) -> None:
-        try:
-            with self.new_file(self._tag_path(key)) as file:
-                file.write(value)
-        except ResourceExhausted:
-            return
+        self._store(self._tag_path(key), value)
 
     def _tag_path(self, key: str) -> Path:
         return self.root / "tags" / digest_hex(sha256_digest(key.encode()))
+
+    # Chunk maps ------------------------------------------------------------------------------
+
+    def load_chunk_map(self, digest: Digest) -> bytes | None:
+        """The decompressed content of a chunk map blob; None when it is absent or damaged.
+
+        Kept decompressed so that opening from the cache need not load a decompressor (5 ms).
+        """
+        path = self.root / "chunk-maps" / digest_hex(digest)
+        try:
+            raw = path.read_bytes()
+        except OSError:
+            return None
+        content = raw[: -FOOTER.size]
+        if raw[len(content) :] != _footer(content):
+            path.unlink(missing_ok=True)
+            return None
+        return content
+
+    def store_chunk_map(self, digest: Digest, content: bytes) -> None:
+        """Keeps what a verified chunk map blob decompressed to, if the disk is not full."""
+        self._store(self.root / "chunk-maps" / digest_hex(digest), content, _footer(content))
 
     # Metadata regions ------------------------------------------------------------------------
 
@@ -121,7 +147,7 @@ class NodeCache:
 
         On a full disk the region lives in an anonymous memory file instead.
         """
-        footer = _metadata_footer(region)
+        footer = _footer(region)
         path = self.root / "metadata" / digest_hex(digest)
         try:
             with self.new_file(path) as file:
@@ -173,11 +199,17 @@ class NodeCache:
             raise
 
     def remove_stale_temporaries(self) -> int:
-        """Deletes what processes that are gone left under tmp/; how many files."""
+        """Deletes what dead processes left under tmp/; how many entries.
+
+        Told by age and not by pid: processes of other pid namespaces may share this cache.
+        """
         count = 0
         for entry in (self.root / "tmp").iterdir():
-            owner = entry.name.partition(".")[0]
-            if owner.isdigit() and not Path("/proc", owner).exists():
+            try:
+                age_s = time.time() - entry.stat().st_mtime
+            except FileNotFoundError:
+                continue
+            if age_s > STALE_S:
                 remove_tree(entry)
                 count += 1
         return count
@@ -207,10 +239,10 @@ def cache_error(error: OSError, what: str) -> ImgsnapError:
     return ImgsnapError(f"{what}: {error.strerror or error}")
 
 
-def _metadata_footer(region: bytes) -> bytes:
+def _footer(content: bytes) -> bytes:
     from blake3 import blake3
 
-    head = FOOTER.pack(blake3(region).digest(), len(region), FOOTER_MAGIC, 0)[:-4]
+    head = FOOTER.pack(blake3(content).digest(), len(content), FOOTER_MAGIC, 0)[:-4]
     return head + zlib.crc32(head).to_bytes(4, "little")
 
 

@@ -29,6 +29,11 @@ class PackFiles:
             # Under the lock, so that `discard` cannot close the file in between.
             return os.pread(fd, length, offset)
 
+    def has(self, pack: Descriptor) -> bool:
+        """Whether the pack is here whole."""
+        with self._lock:
+            return self._open(pack) is not None
+
     def _open(self, pack: Descriptor) -> int | None:
         """Asks the disk once per pack and process: packs appear here only through `download`."""
         if pack.digest not in self._fds:

@@ -4,8 +4,9 @@ import logging
 import os
 import threading
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
@@ -20,6 +21,8 @@ READ_ATTEMPTS = 3
 """A chunk that is lost from the cache between its fetch and its use is fetched again this often."""
 WARM_BATCH = 256
 """Chunks given to the prefetch queue at a time: some 32 MiB, enough to keep its threads busy."""
+COMPLETE_CHECK_READS = 1024
+"""How often the reader looks whether all chunks are here: a byte per chunk is counted."""
 _WAIT_MARGIN_S = 5.0
 
 FetchDone = Callable[[memoryview | None, BaseException | None], None]
@@ -28,8 +31,7 @@ FetchDone = Callable[[memoryview | None, BaseException | None], None]
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(NamedTuple):
     """A run of the device: an extent, or the metadata when there is no source. Bytes."""
 
     base: int
@@ -37,9 +39,12 @@ class _Part:
     source: ChunkSource | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """The piece of one part that a read covers; `offset` is relative to the part."""
+class _Span(NamedTuple):
+    """The piece of one part that a read covers; `offset` is relative to the part.
+
+    A NamedTuple because one is made for every read: a frozen dataclass costs five times as much,
+    and 0.6 ms instead of 0.1 to define while a mount is waiting for the imports.
+    """
 
     source: ChunkSource | None
     offset: int
@@ -91,14 +96,22 @@ class BlockReader:
     def read_into(self, view: memoryview, offset: int) -> bool:
         """Fills `view` if all its bytes are local and verified; else changes it or not, and says
         False. The range must lie inside the device. Never waits for the network."""
+        length = len(view)
         if self._readahead is not None and not self._complete:
-            self._read_ahead(offset, len(view))
-        done = 0
-        for span in self._spans(offset, len(view)):
-            if not self._copy(span, view[done : done + span.length]):
+            self._read_ahead(offset, length)
+        part = self._parts[bisect_right(self._bases, offset) - 1]
+        if offset + length <= part.end:  # nearly always: no generator, no slices
+            if not self._copy(part.source, offset - part.base, view):
                 return False
-            done += span.length
+        else:
+            done = 0
+            for span in self._spans(offset, length):
+                if not self._copy(span.source, span.offset, view[done : done + span.length]):
+                    return False
+                done += span.length
         self.statistics.hits += 1
+        if not self.statistics.hits % COMPLETE_CHECK_READS:
+            _ = self.complete  # once it is, readahead's bookkeeping ends
         return True
 
     def fetch(self, offset: int, length: int, done: FetchDone) -> None:
@@ -140,11 +153,16 @@ class BlockReader:
         """
         total = self.size
         done = self._snapshot.metadata_size
+        pending: deque[tuple[Callable[[], None], int]] = deque()
         for source, rows in self._batches():
-            self._warm_rows([(source, row) for row in source.cache.missing(rows)])
-            done += sum(source.cache.place(row)[1] for row in rows)
-            if progress is not None:
-                progress(done, total)
+            size = sum(source.cache.place(row)[1] for row in rows)
+            wanted = [(source, row) for row in source.cache.missing(rows)]
+            pending.append((self._prefetch(wanted), size))
+            # One batch ahead, so that the threads never run dry at a batch's end.
+            while len(pending) > 1:
+                done = _finish(pending, done, total, progress)
+        while pending:
+            done = _finish(pending, done, total, progress)
 
     def close(self) -> None:
         """Releases the extents. No read may be under way or begin later."""
@@ -165,12 +183,12 @@ class BlockReader:
             yield _Span(part.source, offset - part.base, stop - offset)
             offset, number = stop, number + 1
 
-    def _copy(self, span: _Span, view: memoryview) -> bool:
-        if span.source is None:
-            self._copy_metadata(view, span.offset)
-            return True
-        cache = span.source.cache
-        return cache.ready(span.rows) and cache.read_into(view, span.offset)
+    def _copy(self, source: ChunkSource | None, offset: int, view: memoryview) -> bool:
+        """Fills `view` from one part if its bytes are here; `offset` is relative to the part."""
+        if source is not None:
+            return source.cache.read_into(view, offset)
+        self._copy_metadata(view, offset)
+        return True
 
     def _copy_metadata(self, view: memoryview, offset: int) -> None:
         done = 0
@@ -214,7 +232,7 @@ class BlockReader:
         for span in self._spans(offset, length):
             target = view[done : done + span.length]
             if not (self._copy_held(span, target, batch) if batch.held else False) and (
-                not self._copy(span, target)
+                not self._copy(span.source, span.offset, target)
             ):
                 return None
             done += span.length
@@ -235,7 +253,7 @@ class BlockReader:
             held = batch.held.get((cache.id, row))
             if held is not None:
                 target[:] = memoryview(held)[low - start : high - start]
-            elif not self._copy(_Span(span.source, low, high - low), target):
+            elif not self._copy(span.source, low, target):
                 return False
         return True
 
@@ -256,8 +274,6 @@ class BlockReader:
         ]
         if wanted:
             self._fetcher.hint(wanted, Priority.READAHEAD)
-        else:
-            _ = self.complete  # remembers completeness, which ends this bookkeeping
 
     def _batches(self) -> Iterator[tuple[ChunkSource, range]]:
         for part in self._parts:
@@ -266,7 +282,8 @@ class BlockReader:
                 for first in range(0, count, WARM_BATCH):
                     yield part.source, range(first, min(count, first + WARM_BATCH))
 
-    def _warm_rows(self, wanted: list[tuple[ChunkSource, int]]) -> None:
+    def _prefetch(self, wanted: list[tuple[ChunkSource, int]]) -> Callable[[], None]:
+        """Queues chunks; the result waits for them and raises what their fetch raised."""
         arrived = threading.Event()
         batches: list[Batch] = []
 
@@ -277,10 +294,28 @@ class BlockReader:
         # Nobody waits for a prefetch, and demand may hold it up for long: a wide deadline.
         deadline_s = self._deadline_s * 10
         self._fetcher.fetch(wanted, done, priority=Priority.PREFETCH, deadline_s=deadline_s)
-        if not arrived.wait(deadline_s + _WAIT_MARGIN_S):
-            raise Unavailable("the snapshot's chunks did not arrive before the deadline")
-        if batches[0].error is not None:
-            raise batches[0].error
+
+        def wait() -> None:
+            if not arrived.wait(deadline_s + _WAIT_MARGIN_S):
+                raise Unavailable("the snapshot's chunks did not arrive before the deadline")
+            if batches[0].error is not None:
+                raise batches[0].error
+
+        return wait
+
+
+def _finish(
+    pending: deque[tuple[Callable[[], None], int]],
+    done: int,
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Waits for the oldest batch; the bytes that are here now."""
+    wait, size = pending.popleft()
+    wait()
+    if progress is not None:
+        progress(done + size, total)
+    return done + size
 
 
 def _parts(snapshot: Snapshot, pool: ExtentPool) -> list[_Part]:

@@ -2,41 +2,27 @@
 
 import json
 import logging
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.snapshot_manifest import ManifestKind, manifest_kind
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import ImgsnapError, InvalidArgument, NotFound, Unavailable
 from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
+from imgsnap.oci.platforms import host_platform, matches
 from imgsnap.oci.repository import Descriptor, Platform, RawManifest, Repository
 
 CREATED = "org.opencontainers.image.created"
 
-_ARCHITECTURES = {
-    "x86_64": "amd64",
-    "aarch64": "arm64",
-    "armv7l": "arm",
-    "i686": "386",
-    "loongarch64": "loong64",
-}
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Resolution:
+class Resolution(NamedTuple):
     """A snapshot's manifest; `stale` when an unreachable registry was replaced by the cache."""
 
     manifest: RawManifest
     stale: bool
-
-
-def host_platform() -> Platform:
-    """This machine's platform in OCI's words."""
-    machine = os.uname().machine
-    return Platform("linux", _ARCHITECTURES.get(machine, machine))
 
 
 def resolve_snapshot(
@@ -69,18 +55,6 @@ def resolve_snapshot(
         return Resolution(remembered, stale=True)
     cache.store_tag(key, json.dumps({"digest": manifest.descriptor.digest}).encode())
     return Resolution(manifest, stale=False)
-
-
-def matches(offered: Platform, wanted: Platform) -> bool:
-    """Whether content for `offered` is what someone who asks for `wanted` means."""
-    if (offered.os, offered.architecture) != (wanted.os, wanted.architecture):
-        return False
-    return not wanted.variant or _variant(offered) == _variant(wanted)
-
-
-def _variant(platform: Platform) -> str:
-    # arm64 without a variant is v8: image-spec, "Platform Variants".
-    return platform.variant or ("v8" if platform.architecture == "arm64" else "")
 
 
 def _ask(

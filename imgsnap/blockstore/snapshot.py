@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.resolve import matches, resolve_snapshot
+from imgsnap.blockstore.resolve import resolve_snapshot
 from imgsnap.blockstore.snapshot_manifest import SnapshotManifest, snapshot_manifest
 from imgsnap.digest import Digest, sha256_digest
 from imgsnap.errors import DigestMismatch, FormatError, IntegrityError, NotFound
@@ -14,6 +14,7 @@ from imgsnap.formats.chunk_map import ChunkMap
 from imgsnap.formats.chunk_map_codec import CHUNK_MAP_SIZE_MAX, decode
 from imgsnap.formats.frame import decompress, decompress_exact
 from imgsnap.formats.snapshot_config import CONFIG_SIZE_MAX, SnapshotConfig, parse_config
+from imgsnap.oci.platforms import matches
 from imgsnap.oci.repository import Descriptor, Platform, Repository
 from imgsnap.units import BLOCK_SIZE, GIB, MIB
 
@@ -96,7 +97,7 @@ def _load_parts(
 ) -> tuple[SnapshotConfig, BinaryIO, ChunkMap]:
     """The three blobs from the cache, and those that are missing in parallel."""
     raw_config = cache.load_blob(manifest.config.digest)
-    raw_map = cache.load_blob(manifest.chunk_map.digest, kind="chunk-maps")
+    raw_map = cache.load_chunk_map(manifest.chunk_map.digest)
     metadata = _cached_metadata(raw_config, cache)
     missing: dict[str, Callable[[], bytes]] = {}
     if raw_config is None:
@@ -111,10 +112,10 @@ def _load_parts(
             raw_config = got["config"]
             cache.store_blob(manifest.config.digest, raw_config)
         if raw_map is None:
-            raw_map = got["map"]
-            cache.store_blob(manifest.chunk_map.digest, raw_map, kind="chunk-maps")
+            raw_map = decompress(got["map"], size_max=CHUNK_MAP_SIZE_MAX, record="chunk map blob")
+            cache.store_chunk_map(manifest.chunk_map.digest, raw_map)
         config = parse_config(raw_config)
-        chunk_map = decode(decompress(raw_map, size_max=CHUNK_MAP_SIZE_MAX, record="chunk map"))
+        chunk_map = decode(raw_map)
         if metadata is None:
             region = _region(got["metadata"], config)
             metadata = cache.store_metadata(config.metadata_digest, region)

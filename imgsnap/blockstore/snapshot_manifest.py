@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgsnap.digest import Digest
 from imgsnap.errors import FormatError
@@ -24,8 +25,7 @@ class SnapshotManifest:
     packs: Mapping[Digest, Descriptor]
 
 
-@dataclass(frozen=True, slots=True)
-class ManifestKind:
+class ManifestKind(NamedTuple):
     """What a manifest turned out to be: a snapshot, an index (its entries), or an image."""
 
     is_snapshot: bool

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from imgsnap.convert.limits import NAME_MAX
 from imgsnap.errors import IntegrityError
 from imgsnap.formats.layer_index import DirectoryRecord, Kind, LayerIndex
 
@@ -148,6 +149,11 @@ def _follow(tree: Tree, path: Sequence[bytes], *, make: bool) -> Directory | Non
         if not isinstance(found, Directory):
             if not make:
                 return None
+            if len(name) > NAME_MAX:
+                raise IntegrityError(
+                    f"{b'/'.join(path)[:200]!r}: a symlink leads to a name over {NAME_MAX} bytes",
+                    hint=BROKEN,
+                )
             found = trail[-1].children[name] = Directory(tree.implicit_row)
         trail.append(found)
     return trail[-1]

@@ -5,6 +5,7 @@ index, then pack in layer order (compression pool) and publish (transfer pool). 
 the layer indexes, emit the EROFS metadata, publish the snapshot manifest last.
 """
 
+import contextlib
 import os
 import threading
 import time
@@ -80,6 +81,15 @@ class ConvertedImage:
     layers: tuple[LayerReport, ...]
     seconds: float
     flatten_cpu_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Publishing:
+    """A packed layer on its way into the target."""
+
+    layer: LayerSource
+    packed: PackedLayer
+    artifact: Future[LayerArtifact]
 
 
 class Cancelled(BaseException):
@@ -219,17 +229,26 @@ class Conversion:
             for layer in sorted(missing, key=lambda layer: -layer.descriptor.size)
         }
         self._running += spooled.values()
-        published: list[tuple[LayerSource, PackedLayer, Future[LayerArtifact]]] = []
-        for layer in missing:
-            built, tar = spooled.pop(layer.diff_id).result()
-            packed = self._pack(layer, built, tar)
-            future = self._transfer.submit(self._publish, layer, built, packed)
-            self._running.append(future)
-            published.append((layer, packed, future))
-        for layer, packed, future in published:
-            artifact = artifacts[layer.diff_id] = future.result()
+        published: list[_Publishing] = []
+        try:
+            for layer in missing:
+                built, tar = spooled.pop(layer.diff_id).result()
+                packed = self._pack(layer, built, tar)
+                future = self._transfer.submit(self._publish, layer, built, packed)
+                self._running.append(future)
+                published.append(_Publishing(layer, packed, future))
+        except Exception:
+            # A rerun finds the layers that were finished before the one that failed.
+            for item in published:
+                with contextlib.suppress(Exception):
+                    self._index.add(
+                        item.artifact.result().chunk_map, item.artifact.result().manifest
+                    )
+            raise
+        for item in published:
+            artifact = artifacts[item.layer.diff_id] = item.artifact.result()
             self._index.add(artifact.chunk_map, artifact.manifest)
-            reports[layer.diff_id] = _report(layer, artifact, packed)
+            reports[item.layer.diff_id] = _report(item.layer, artifact, item.packed)
 
     def _check_stop(self) -> None:
         if self._stop.is_set():

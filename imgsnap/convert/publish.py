@@ -115,7 +115,7 @@ def _index(images: Sequence[SourceImage], converted: Sequence[ConvertedImage]) -
         entries.append(
             replace(
                 snapshot.manifest.descriptor,
-                artifact_type=media_types.ARTIFACT_SNAPSHOT,
+                artifact_type="",  # skopeo drops it from entries, and so would change the digest
                 platform=image.platform,
                 annotations={
                     SOURCE: str(image.manifest.descriptor.digest),

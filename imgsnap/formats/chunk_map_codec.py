@@ -25,7 +25,7 @@ EXTENTS_MAX = 1024
 PACKS_MAX = 0xFFFF
 """Pack numbers are 16 bits and ZERO_PACK is not one."""
 CHUNKS_MAX = 16 << 20
-"""At 128 KiB a chunk this is 2 TiB of image."""
+"""At 256 KiB a chunk this is 4 TiB of image."""
 PACK_SIZE_MAX = 1 << 32
 """Offsets in a pack are 32 bits."""
 FRAME_SIZE_MAX = CHUNK_SIZE_LIMIT + (CHUNK_SIZE_LIMIT >> 8) + 1024

@@ -21,9 +21,9 @@ CHUNK_SIZE_LIMIT = 4 * MIB
 class Rules:
     """Rule versions and the chunk cutter's parameters (bytes)."""
 
-    chunk_target: int = 128 * KIB
-    chunk_min: int = 32 * KIB
-    chunk_max: int = 256 * KIB
+    chunk_target: int = 256 * KIB
+    chunk_min: int = 64 * KIB
+    chunk_max: int = 512 * KIB
     index: int = INDEX_RULE
     extent: int = EXTENT_RULE
     chunk: int = CHUNK_RULE

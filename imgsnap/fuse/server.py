@@ -16,8 +16,9 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.fuse import protocol
 from imgsnap.fuse.files import FileContent, FileTable
 from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, InitFlag, Opcode
@@ -25,9 +26,6 @@ from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, InitFlag, Opc
 DEFAULT_THREADS = 2
 MAX_BACKGROUND = 64
 """Requests without a waiting process (kernel readahead) in flight: 64 MiB at 1 MiB each."""
-LOG_LINES_MAX = 5
-LOG_WINDOW_S = 10.0
-"""A store that is away fails thousands of reads a second; this many of them are told apart."""
 
 _NO_REPLY = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 _EMPTY_REPLY = (Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.ACCESS, Opcode.DESTROY, Opcode.FLUSH)
@@ -35,8 +33,7 @@ _TRANSIENT = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class FuseSession:
+class FuseSession(NamedTuple):
     """What INIT agreed on. INIT is not repeated: a server that takes over a device needs this."""
 
     minor: int
@@ -44,7 +41,11 @@ class FuseSession:
 
 
 class FuseServer:
-    """Serves one superblock until it is unmounted. Does not close `fd`."""
+    """Serves one superblock until it is unmounted.
+
+    Does not close `fd`: completions write to it from other threads, so it must stay open until
+    the contents can complete no more reads (their fetcher is closed).
+    """
 
     def __init__(
         self,
@@ -62,7 +63,7 @@ class FuseServer:
         self._fd = fd
         self._resumed = session is not None
         self._on_end = on_end
-        self._failures = RateLimit(LOG_LINES_MAX, LOG_WINDOW_S)
+        self._failures = RateLimit(_log)
         self._lock = threading.Lock()
         self._running = threads
         self._threads = [
@@ -113,7 +114,7 @@ class FuseServer:
     def _answer(self, worker: "_Worker", request: memoryview) -> None:
         """Handles one request. Whatever goes wrong, the kernel gets an answer."""
         if len(request) < IN_HEADER_SIZE:
-            self._failures.log("the kernel sent %d bytes, less than a header", len(request))
+            self._failures.log(logging.ERROR, "a request of only %d bytes", len(request))
             return
         length, opcode, unique, node = protocol.IN_HEADER.unpack_from(request)
         try:
@@ -231,7 +232,7 @@ def _init_out(minor: int, readahead: int, flags: int) -> bytes:
 class _Worker:
     """Replies, and one worker's data buffer. Sending is safe from any thread."""
 
-    def __init__(self, fd: int, failures: "RateLimit") -> None:
+    def __init__(self, fd: int, failures: RateLimit) -> None:
         self._fd = fd
         self._failures = failures
         self._buffer = memoryview(bytearray(protocol.READ_SIZE_MAX))
@@ -247,7 +248,7 @@ class _Worker:
         self._write((reply,))
 
     def fail(self, unique: int, code: int, reason: str) -> None:
-        self._failures.log("%s", reason)
+        self._failures.log(logging.ERROR, "%s", reason)
         if unique:
             self._write((protocol.error_reply(unique, code),))
 
@@ -257,30 +258,5 @@ class _Worker:
         except OSError as error:
             # ENOENT: the request was aborted. ENODEV, EBADF: the superblock is gone.
             if error.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF):
-                self._failures.log("the kernel refused a reply: %s", error)
+                self._failures.log(logging.ERROR, "the kernel refused a reply: %s", error)
                 raise
-
-
-class RateLimit:
-    """Lets through the first messages of each window, and then how many it kept back."""
-
-    def __init__(self, lines: int, window_s: float) -> None:
-        self._lines = lines
-        self._window_s = window_s
-        self._lock = threading.Lock()
-        self._begin = 0.0
-        self._count = 0
-
-    def log(self, message: str, *args: object) -> None:
-        now = time.monotonic()
-        with self._lock:
-            suppressed = 0
-            if now - self._begin > self._window_s:
-                suppressed = max(0, self._count - self._lines)
-                self._begin, self._count = now, 0
-            self._count += 1
-            silent = self._count > self._lines
-        if suppressed:
-            _log.error("%d more failures were not logged", suppressed)
-        if not silent:
-            _log.error(message, *args)

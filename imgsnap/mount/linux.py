@@ -10,9 +10,9 @@ import fcntl
 import os
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
+from typing import NamedTuple
 
 from imgsnap.errors import (
     AccessDenied,
@@ -110,8 +110,7 @@ def mount_error(error: OSError) -> ImgsnapError:
     return ImgsnapError(text, hint="see dmesg for the kernel's reason")
 
 
-@dataclass(frozen=True, slots=True)
-class MountPoint:
+class MountPoint(NamedTuple):
     """A line of /proc/self/mountinfo (man proc_pid_mountinfo)."""
 
     device: str  # "major:minor"

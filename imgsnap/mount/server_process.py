@@ -26,7 +26,8 @@ from imgsnap.oci.repository import Platform, Repository
 
 HOUSEKEEPING_S = 5.0
 """How often overdue reads are failed; a read waits at most this much over its deadline."""
-_END_S = 5.0
+_END_S = 1.0
+"""For the FUSE workers after an unmount; they stay in the kernel while a detached tree is used."""
 _ENDED = signal.SIGUSR1
 """Sent by the FUSE workers to their own process when the superblock is gone."""
 _HANDLED = (signal.SIGTERM, signal.SIGINT, _ENDED)
@@ -61,16 +62,15 @@ def run_server(
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    linux.name_process("imgsnap-block")
-    linux.limit_heap()
-    os.chdir("/")
     process = ProcessId.of(os.getpid())
     _send(pipe, {"pid": process.pid, "start_time": process.start_time})
-    _start_log(record.log_path)
-    records = MountRecords(options.run_dir)
-    server = _Server(options, record.with_server(process), records)
     try:
-        with server:
+        linux.name_process("imgsnap-block")
+        linux.limit_heap()
+        os.chdir("/")
+        _start_log(record.log_path)
+        records = MountRecords(options.run_dir)
+        with _Server(options, record.with_server(process), records) as server:
             mounted = server.mount(open_repository)
             _send(pipe, {"mounted": True, "loop": mounted.loop})
             os.close(pipe)
@@ -186,6 +186,7 @@ class _Server:
 
     def serve(self) -> None:
         """Returns when the superblock is gone or a signal asks for the end."""
+        NodeCache(self._options.cache_dir).remove_stale_temporaries()
         while True:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is not None:
@@ -203,15 +204,15 @@ def _send(pipe: int, value: dict[str, object]) -> None:
 
 
 def _start_log(path: Path) -> None:
+    """The log file instead of what the caller had set up, whose descriptors are closed."""
     logging.raiseExceptions = False
-    # The command that forked us logs to its own standard error; we have only the file.
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    # A command that logs has given the package a handler of its own, and no way to the root's.
     package = logging.getLogger("imgsnap")
     package.handlers.clear()
     package.propagate = True
-    package.setLevel(logging.INFO)
-    logging.basicConfig(
-        filename=path,
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
+    package.setLevel(logging.NOTSET)

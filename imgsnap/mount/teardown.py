@@ -32,8 +32,15 @@ def unmount_tree(record: MountRecord, *, lazy: bool) -> None:
                 hint="unmount that one first",
             )
         attach.unmount(target, lazy=lazy)
-    attach.unmount(record.lower_dir, lazy=lazy, retry=True)
-    attach.unmount(record.device_dir, lazy=lazy, retry=True)
+    try:
+        attach.unmount(record.lower_dir, lazy=lazy, retry=True)
+        attach.unmount(record.device_dir, lazy=lazy, retry=True)
+    except Busy as error:
+        raise Busy(
+            f"{target} is unmounted, but something still uses the snapshot below it",
+            hint="a bind mount or another mount namespace (a container) may hold it; end that and "
+            "unmount again, or unmount lazily",
+        ) from error
 
 
 def remove_entry(records: MountRecords, record: MountRecord) -> None:

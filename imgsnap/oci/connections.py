@@ -3,7 +3,6 @@
 urllib3 and ssl cost about 0.1 s to import, so they are imported where the first pool is made.
 """
 
-import ipaddress
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,6 +176,8 @@ def _exempts(item: str, host: str, port: int | None) -> bool:
     """Whether a no_proxy item covers a host: ``*``, a name, ``.suffix``, an address or a net."""
     if item == "*":
         return True
+    import ipaddress
+
     try:
         return ipaddress.ip_address(host) in ipaddress.ip_network(item, strict=False)
     except (ValueError, TypeError):

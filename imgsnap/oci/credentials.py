@@ -10,15 +10,17 @@ import base64
 import binascii
 import json
 import re
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgsnap.errors import AccessDenied, FormatError
 from imgsnap.oci.manifest import parse_json_object
 from imgsnap.oci.reference import DOCKER_HUB, DOCKER_HUB_WIRE
+
+if TYPE_CHECKING:
+    import subprocess
 
 CONFIG_SIZE_MAX = 1 << 20
 HELPER_OUTPUT_MAX = 64 << 10
@@ -134,6 +136,8 @@ class CredentialSource:
         return None
 
     def _ask_helper(self, helper: object, server: str) -> Credentials | None:
+        import subprocess
+
         if not isinstance(helper, str) or not _HELPER_NAME.fullmatch(helper):
             raise CredentialHelperError(str(helper)[:100], "is not a helper's name")
         try:
@@ -157,7 +161,7 @@ class CredentialSource:
         return _helper_answer(helper, done)
 
 
-def _helper_answer(helper: str, done: subprocess.CompletedProcess[bytes]) -> Credentials | None:
+def _helper_answer(helper: str, done: "subprocess.CompletedProcess[bytes]") -> Credentials | None:
     if done.returncode != 0:
         text = (done.stdout + b" " + done.stderr).decode(errors="replace").strip()
         # The protocol tells "none stored" from "failed" by this text only.

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 READ_SIZE = 1 << 20
 """Bytes asked of the socket at a time when a whole body is read."""
+DRAIN_MAX = 16 << 10
+"""Unread bytes that are cheaper to read than a new TLS connection is to make: a redirect's page."""
 
 
 class TransportStats(Counters):
@@ -73,6 +75,7 @@ class Response:
         self._raw = raw
         self._stats = stats
         self._complete = False
+        self._broken = False
         self.url = url
         self.status = raw.status
         self.headers = raw.headers
@@ -100,6 +103,7 @@ class Response:
         try:
             data = self._raw.read(size, decode_content=False)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
+            self._broken = True
             self._stats.add("connection_errors")
             plain_http = self.url.startswith("http:")
             raise connection_error(
@@ -139,8 +143,10 @@ class Response:
         return data
 
     def close(self) -> None:
-        """Returns the connection to the pool, or drops it when the body was not read to its end."""
-        if self._complete or self._raw.length_remaining == 0:
+        """Returns the connection to the pool, or drops it when much of the body is unread."""
+        left = self._raw.length_remaining
+        if not self._broken and (self._complete or (left is not None and left <= DRAIN_MAX)):
+            self._raw.drain_conn()
             self._raw.release_conn()
         else:
             self._raw.close()

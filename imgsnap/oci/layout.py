@@ -1,8 +1,10 @@
 """A repository kept in an OCI image layout directory; the local store is one as well."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from imgsnap.digest import Digest, sha256_digest
 from imgsnap.errors import DigestMismatch, InvalidArgument
@@ -10,17 +12,17 @@ from imgsnap.oci import index_edit
 from imgsnap.oci.layout_files import LayoutFiles, copy_all, translated, write_all
 from imgsnap.oci.local_reader import LocalReader
 from imgsnap.oci.manifest import Document, parse_document
-from imgsnap.oci.media_types import OCI_MANIFEST, REF_NAME
+from imgsnap.oci.media_types import REF_NAME
 from imgsnap.oci.reference import check_layout_tag
 from imgsnap.oci.repository import Descriptor, RawManifest, Repository
+from imgsnap.units import MIB
 
 
 class LayoutRepository(LocalReader):
     """Implements WritableRepository over an image layout. Thread and process safe.
 
-    A manifest gets an entry of index.json for each of its names. Without a name it gets one
-    only when it has a subject, because nothing else would lead to a referrer; a manifest that
-    is a part of an index is found through the index.
+    index.json has an entry for each name of a manifest, and one without a name for a manifest
+    that has none or has lost its last: it may be somebody's referrer or a part of an index.
 
     Raises NotFound when there is no layout at `path` and `create` is False.
     """
@@ -37,9 +39,10 @@ class LayoutRepository(LocalReader):
         return self._layout.path
 
     def put_blob(self, descriptor: Descriptor, path: Path) -> None:
-        """Copies a file in, by shared blocks where the file system can.
+        """Takes a file in: by a hard link where possible, so the caller must not change it later.
 
-        Raises InvalidArgument when its size is not the descriptor's, ResourceExhausted.
+        Else by a copy inside the kernel. Raises InvalidArgument when the file's size is not the
+        descriptor's, ResourceExhausted when the disk is full.
         """
         with translated(path, f"{path}"):
             source = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -49,7 +52,8 @@ class LayoutRepository(LocalReader):
                 raise InvalidArgument(
                     f"{path} has {size} bytes, its descriptor says {descriptor.size}"
                 )
-            self._layout.write(descriptor.digest, size, lambda target: copy_all(source, target))
+            if path.is_symlink() or not self._layout.link(descriptor.digest, size, str(path)):
+                self._layout.write(descriptor.digest, size, lambda target: copy_all(source, target))
         finally:
             os.close(source)
 
@@ -61,19 +65,25 @@ class LayoutRepository(LocalReader):
         self._layout.write(descriptor.digest, len(data), lambda target: write_all(target, data))
 
     def mount_blob(self, descriptor: Descriptor, source: Repository) -> bool:
-        """Links a blob of another layout, or copies it inside the kernel; False for others."""
+        """Links a blob of another layout, or copies it inside the kernel; False for others.
+
+        The blob is hashed first: damage in one layout must not spread to the next. Raises
+        DigestMismatch.
+        """
         if not isinstance(source, LayoutRepository):
             return False
         files = source._layout
-        if self._layout.link_from(files, descriptor.digest, descriptor.size):
-            return True
         fd = files.open_fd(descriptor.digest)
         if fd is None:
             return False
         try:
-            self._layout.write(
-                descriptor.digest, descriptor.size, lambda target: copy_all(fd, target)
-            )
+            if self.has_blob(descriptor):
+                return True
+            _check_file(fd, descriptor.digest, f"blob of {source.name}")
+            if not self._layout.link_from(files, descriptor.digest, descriptor.size):
+                self._layout.write(
+                    descriptor.digest, descriptor.size, lambda target: copy_all(fd, target)
+                )
         finally:
             os.close(fd)
         return True
@@ -87,28 +97,24 @@ class LayoutRepository(LocalReader):
     ) -> None:
         """Stores a manifest and moves the names `tags` to it.
 
-        `subject` defaults to the manifest's own. A referrer that loses its last name stays
-        listed without one.
+        Referrers are found by the `subject` inside the manifest; the argument adds nothing here.
         """
         for tag in tags:
             check_layout_tag(tag)
         document = parse_document(manifest.raw, record=f"manifest {manifest.descriptor.digest}")
         self.put_bytes(manifest.descriptor, manifest.raw)
         entry = _entry(manifest, document)
-        listed = subject is not None or document.subject is not None
 
         def change(index: index_edit.Index) -> bool:
             before = list(index["manifests"])
             for tag in dict.fromkeys(tags):
-                self._move_name(index, entry, tag)
-            if tags or listed:
-                _drop_nameless(index, entry.digest)
-            if listed and not index_edit.has_digest(index, entry.digest):
+                _move_name(index, entry, tag)
+            if not index_edit.has_digest(index, entry.digest):
                 index_edit.add(index, entry)
+            _drop_nameless(index, entry.digest)
             return bool(index["manifests"] != before)
 
-        if tags or listed:
-            self._layout.edit_index(change)
+        self._layout.edit_index(change)
 
     def remove_tag(self, tag: str) -> bool:
         """Takes a name off its manifest; False when there is no such name. Blobs stay."""
@@ -117,33 +123,43 @@ class LayoutRepository(LocalReader):
         def change(index: index_edit.Index) -> bool:
             nonlocal found
             removed = index_edit.remove_name(index, tag)
-            self._keep_referrers(index, removed)
+            _keep_listed(index, removed)
             found = bool(removed)
             return found
 
         self._layout.edit_index(change)
         return found
 
-    def _move_name(self, index: index_edit.Index, entry: Descriptor, tag: str) -> None:
-        if index_edit.digests_named(index, tag) == [entry.digest]:
-            return  # As it is: an entry may carry members that other tools added.
-        removed = index_edit.remove_name(index, tag)
-        index_edit.add(index, entry, ref_name=tag)
-        self._keep_referrers(index, removed)
 
-    def _keep_referrers(self, index: index_edit.Index, removed: list[dict[str, object]]) -> None:
-        for old in removed:
-            digest = Digest(str(old["digest"]))
-            if index_edit.has_digest(index, digest):
-                continue
-            described = Descriptor(str(old.get("mediaType") or OCI_MANIFEST), digest, 0)
-            if self._referrer(described)[0] is not None:
-                annotations = old.get("annotations")
-                if isinstance(annotations, dict):
-                    annotations.pop(REF_NAME, None)
-                    if not annotations:
-                        del old["annotations"]
-                index["manifests"].append(old)
+def _move_name(index: index_edit.Index, entry: Descriptor, tag: str) -> None:
+    if index_edit.digests_named(index, tag) == [entry.digest]:
+        return  # As it is: an entry may carry members that other tools added.
+    removed = index_edit.remove_name(index, tag)
+    index_edit.add(index, entry, ref_name=tag)
+    _keep_listed(index, removed)
+
+
+def _keep_listed(index: index_edit.Index, removed: list[dict[str, Any]]) -> None:
+    """Puts entries back without their name, where it was the last of their manifest."""
+    for old in removed:
+        if index_edit.has_digest(index, old["digest"]):
+            continue
+        annotations = {key: text for key, text in old["annotations"].items() if key != REF_NAME}
+        nameless = {key: value for key, value in old.items() if key != "annotations"}
+        if annotations:
+            nameless["annotations"] = annotations
+        index["manifests"].append(nameless)
+
+
+def _check_file(fd: int, digest: Digest, what: str) -> None:
+    sha256 = hashlib.sha256()
+    position = 0
+    while data := os.pread(fd, MIB, position):
+        sha256.update(data)
+        position += len(data)
+    got = "sha256:" + sha256.hexdigest()
+    if got != digest:
+        raise DigestMismatch(what, digest, got, hint="the layout is damaged; copy it again")
 
 
 def _entry(manifest: RawManifest, document: Document) -> Descriptor:

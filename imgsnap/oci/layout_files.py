@@ -45,6 +45,8 @@ INDEX_SIZE_MAX = 16 << 20
 COPY_SIZE = 8 << 20
 STALE_AFTER_S = 24 * 3600
 _LOCK_NAME = ".imgsnap.lock"
+_OURS = frozenset({"index.json", "blobs", "oci-layout", _LOCK_NAME, "imgsnap"})
+"""What may stand in a directory that becomes a layout; imgsnap/ is the converter's chunk index."""
 _TEMP_PREFIX = ".tmp-"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -120,35 +122,36 @@ class LayoutFiles:
                     os.unlink(name, dir_fd=self._blobs)
                 raise
 
-    def link_from(self, source: "LayoutFiles", digest: Digest, size: int) -> bool:
-        """Takes a blob from another layout by a hard link; False when the systems differ."""
+    def link(self, digest: Digest, size: int, name: str, directory: int | None = None) -> bool:
+        """Makes a file's bytes a blob by a hard link; False where the file system cannot.
+
+        `name` is a path, or a name in the directory open as `directory`. The file must not be
+        changed afterwards.
+        """
         if self._size(digest) == size:
             return True
-        source_fd = source.open_fd(digest)
-        if source_fd is None:
-            return False
-        try:
-            if os.fstat(source_fd).st_size != size:
-                return False
-        finally:
-            os.close(source_fd)
-        name = _TEMP_PREFIX + secrets.token_hex(8)
+        temporary = _TEMP_PREFIX + secrets.token_hex(8)
         try:
             os.link(
-                digest_hex(digest),
                 name,
-                src_dir_fd=source._blobs,
+                temporary,
+                src_dir_fd=directory,
                 dst_dir_fd=self._blobs,
                 follow_symlinks=False,
             )
-            self._publish(name, digest)
+            self._sync_blob(temporary)
+            self._publish(temporary, digest)
         except OSError:
-            return False  # Another file system, too many links, or a system without links.
+            return False  # Another file system, too many links, no right to link: copy instead.
         finally:
             # rename() of two links to one file does nothing and leaves the temporary name.
             with suppress(FileNotFoundError):
-                os.unlink(name, dir_fd=self._blobs)
+                os.unlink(temporary, dir_fd=self._blobs)
         return True
+
+    def link_from(self, source: "LayoutFiles", digest: Digest, size: int) -> bool:
+        """Takes a blob from another layout by a hard link; False when the systems differ."""
+        return self.link(digest, size, digest_hex(digest), source._blobs)
 
     def edit_index(self, change: Callable[[index_edit.Index], bool]) -> None:
         """Applies `change` to index.json under the lock; it returns whether anything changed."""
@@ -175,6 +178,13 @@ class LayoutFiles:
                     with suppress(FileNotFoundError):
                         if os.lstat(name, dir_fd=self._blobs).st_mtime < oldest_s:
                             os.unlink(name, dir_fd=self._blobs)
+
+    def _sync_blob(self, name: str) -> None:
+        fd = os.open(name, os.O_RDONLY | _SAFE, dir_fd=self._blobs)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def _publish(self, temporary: str, digest: Digest) -> None:
         os.rename(temporary, digest_hex(digest), src_dir_fd=self._blobs, dst_dir_fd=self._blobs)
@@ -301,10 +311,12 @@ def _create(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     if (path / "oci-layout").exists():
         return
-    ours = {"index.json", "blobs", "oci-layout", _LOCK_NAME}
-    if any(
-        item.name not in ours and not item.name.startswith(_TEMP_PREFIX) for item in path.iterdir()
-    ):
+    strange = [
+        item.name
+        for item in path.iterdir()
+        if item.name not in _OURS and not item.name.startswith(_TEMP_PREFIX)
+    ]
+    if strange:
         raise InvalidArgument(
             f"{path} holds other files and is no OCI image layout", hint="name an empty directory"
         )

@@ -24,13 +24,16 @@ from imgsnap.oci.manifest import (
     parse_index,
     referrer_descriptor,
 )
-from imgsnap.oci.media_types import ARTIFACT_LAYER, INDEXES, MANIFESTS, OCI_INDEX, REF_NAME
+from imgsnap.oci.media_types import INDEXES, MANIFESTS, OCI_INDEX, REF_NAME
+from imgsnap.oci.reference import DEFAULT_TAG
 from imgsnap.oci.registry_referrers import fallback_tag
 from imgsnap.oci.repository import MANIFEST_SIZE_MAX, ByteStream, Descriptor, RawManifest
 
 REFERRERS_CACHED_MAX = 65_536
 """Parsed manifests remembered by digest; they cannot change under their digest."""
 NAMES_SHOWN_MAX = 10
+HIDDEN_PREFIX = "imgsnap-layer-"
+"""Names of the converter's per-layer artefacts, of no interest to a user who mistyped a name."""
 
 _log = logging.getLogger(__name__)
 
@@ -123,13 +126,14 @@ class LocalReader:
 
         Raises NotFound for an empty layout, InvalidReference when there are several images.
         """
-        # Converted layers are kept under tags of their own; nobody means one of those.
-        entries = [e for e in self._index().manifests if e.artifact_type != ARTIFACT_LAYER]
-        names = sorted({name for e in entries if (name := e.annotations.get(REF_NAME))})
-        if "latest" in names:
-            return "latest"
+        entries = self._index().manifests
+        names = [name for name in self.tags() if not name.startswith(HIDDEN_PREFIX)]
+        if DEFAULT_TAG in names:
+            return DEFAULT_TAG
         images = [entry for entry in entries if not entry.artifact_type]
-        digests = {entry.digest for entry in images or entries}
+        named = [entry for entry in images or entries if REF_NAME in entry.annotations]
+        # An index's parts are listed without names; the named one is what the user means.
+        digests = {entry.digest for entry in named or images or entries}
         if not digests:
             raise NotFound(f"{self.name} holds no image")
         if len(digests) > 1:
@@ -158,7 +162,11 @@ class LocalReader:
         for entry in self._index().manifests:
             if entry.annotations.get(REF_NAME) == reference:
                 return entry.digest
-        names = self.tags()
+        names = [name for name in self.tags() if not name.startswith(HIDDEN_PREFIX)]
+        entries = self._index().manifests
+        if reference == DEFAULT_TAG and len(entries) == 1 and not names:
+            # An unnamed image that is alone is what everyone means by the layout's name.
+            return entries[0].digest
         shown = ", ".join(names[:NAMES_SHOWN_MAX]) + (", …" if len(names) > NAMES_SHOWN_MAX else "")
         raise NotFound(f"{self.name} has no {reference[:300]!r}", hint=f"it has: {shown or 'none'}")
 

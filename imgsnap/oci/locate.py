@@ -1,7 +1,6 @@
 """Opens the repository behind a location."""
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from imgsnap.oci.archive import DockerArchiveRepository, OciArchiveRepository
 from imgsnap.oci.auth import Authenticator
 from imgsnap.oci.connections import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ConnectionOptions
 from imgsnap.oci.credentials import CredentialSource
-from imgsnap.oci.http_message import TransportStats
 from imgsnap.oci.layout import LayoutRepository
 from imgsnap.oci.local_reader import LocalReader
 from imgsnap.oci.reference import (
@@ -22,7 +20,7 @@ from imgsnap.oci.reference import (
     StoreLocation,
 )
 from imgsnap.oci.registry import RegistryRepository
-from imgsnap.oci.repository import Repository, WritableRepository
+from imgsnap.oci.repository import Repository
 from imgsnap.oci.retry import RetryPolicy
 from imgsnap.oci.transport import Transport
 
@@ -56,90 +54,15 @@ class RegistryOptions:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """An open repository and what to ask it for."""
-
-    repository: Repository
-    reference: str
-
-    @property
-    def writable(self) -> WritableRepository:
-        """The repository for writing. Raises InvalidArgument for an archive."""
-        if isinstance(self.repository, LayoutRepository | RegistryRepository):
-            return self.repository
-        raise InvalidArgument(
-            f"{self.repository.name} can only be read",
-            hint="write to oci:DIR:TAG and make the archive with skopeo",
-        )
-
-
-class RepositoryOpener:
-    """Opens locations; repositories of one registry share connections and tokens.
-
-    Sharing is what lets mount_blob work across repositories without a second login. Thread safe.
-    `store` is the local store's layout directory; `environ` is the only environment looked at.
-    """
-
-    def __init__(
-        self, options: RegistryOptions, *, store: Path, environ: Mapping[str, str]
-    ) -> None:
-        self.stats = TransportStats()
-        self._options = options
-        self._store = store
-        self._environ = dict(environ)
-        self._lock = threading.Lock()
-        self._transports: dict[str, Transport] = {}
-        credentials = CredentialSource(self._environ, options.registry_config)
-        self._authenticator = Authenticator(credentials, clock=options.retry.clock)
-
-    def open(self, location: Location, *, create: bool = False) -> Opened:
-        """The repository with the reference to ask for.
-
-        `create` makes a missing layout or store, and takes a missing tag as "latest"; without
-        it a layout or archive that holds a single image needs no tag. Raises NotFound,
-        InvalidReference, InvalidArgument (`create` of an archive).
-        """
-        match location:
-            case RegistryLocation():
-                transport = self._transport(location.registry)
-                repository = RegistryRepository(transport, location.repository)
-                return Opened(repository, location.reference)
-            case StoreLocation():
-                store = LayoutRepository(self._store, create=create, verify=True)
-                return Opened(store, location.reference)
-            case LayoutLocation():
-                layout = LayoutRepository(location.path, create=create)
-                named = create or location.tag is not None or location.digest is not None
-                return _with_reference(layout, location.reference if named else None)
-        if create:
-            raise InvalidArgument(
-                f"{location}: archives can only be read",
-                hint="write to oci:DIR:TAG and make the archive with skopeo",
-            )
-        if isinstance(location, OciArchiveLocation):
-            return _with_reference(OciArchiveRepository(location.path), location.tag)
-        return _with_reference(_docker_archive(location), location.name)
-
-    def close(self) -> None:
-        """Closes the shared connections."""
-        with self._lock:
-            transports, self._transports = list(self._transports.values()), {}
-        for transport in transports:
-            transport.close()
-
-    def _transport(self, registry: str) -> Transport:
-        with self._lock:
-            if registry not in self._transports:
-                self._transports[registry] = Transport(
-                    registry,
-                    self._authenticator,
-                    self._options.connection_options(),
-                    environ=self._environ,
-                    retry=self._options.retry,
-                    stats=self.stats,
-                )
-            return self._transports[registry]
+def parse_headers(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Extra headers from ``NAME: VALUE`` texts. Raises InvalidArgument for one without a colon."""
+    headers = []
+    for text in texts:
+        name, colon, value = text.partition(":")
+        if not colon or not name.strip():
+            raise InvalidArgument(f"header {text[:100]!r} is not NAME:VALUE")
+        headers.append((name.strip(), value.strip()))
+    return tuple(headers)
 
 
 def open_repository(
@@ -149,21 +72,76 @@ def open_repository(
     store: Path,
     environ: Mapping[str, str],
     create: bool = False,
-) -> Opened:
-    """Opens one location by itself; see RepositoryOpener.open.
+) -> tuple[Repository, str]:
+    """The repository behind a location, and the tag or digest to ask it for.
 
-    For two locations that may be on one registry use a RepositoryOpener.
+    `store` is the local store's layout directory; `environ` is the only environment looked at.
+    `create` makes a missing layout or store, returns a WritableRepository, and takes a missing
+    tag as "latest"; without it a layout or archive that holds a single image needs no tag.
+
+    Raises NotFound, InvalidReference for several images and no tag, InvalidArgument for
+    `create` with an archive. The caller closes the repository.
     """
-    return RepositoryOpener(options, store=store, environ=environ).open(location, create=create)
+    match location:
+        case RegistryLocation():
+            return _open_registry(location, options, environ), location.reference
+        case StoreLocation():
+            return LayoutRepository(store, create=create), location.reference
+        case LayoutLocation() if create:
+            return LayoutRepository(location.path, create=True), location.reference
+    if create:
+        raise InvalidArgument(
+            f"{location}: archives can only be read",
+            hint="write to oci:DIR:TAG and make the archive with skopeo",
+        )
+    return _open_local(location)
 
 
-def _docker_archive(location: DockerArchiveLocation) -> DockerArchiveRepository:
-    return DockerArchiveRepository(location.path)
+def reference_of(location: Location) -> str:
+    """The tag or digest that open_repository would return with the repository.
+
+    Looks into a layout or archive that is named without a tag; see open_repository for errors.
+    """
+    if isinstance(location, RegistryLocation | StoreLocation):
+        return location.reference
+    if location != type(location)(location.path):
+        return location.reference
+    repository, reference = _open_local(location)
+    repository.close()
+    return reference
 
 
-def _with_reference(repository: LocalReader, reference: str | None) -> Opened:
+def _open_registry(
+    location: RegistryLocation, options: RegistryOptions, environ: Mapping[str, str]
+) -> RegistryRepository:
+    credentials = CredentialSource(environ, options.registry_config)
+    transport = Transport(
+        location.registry,
+        Authenticator(credentials, clock=options.retry.clock),
+        options.connection_options(),
+        environ=environ,
+        retry=options.retry,
+    )
+    return RegistryRepository(transport, location.repository, owns_transport=True)
+
+
+def _open_local(
+    location: LayoutLocation | OciArchiveLocation | DockerArchiveLocation,
+) -> tuple[LocalReader, str]:
+    repository: LocalReader
+    named: str | None
+    match location:
+        case LayoutLocation():
+            repository = LayoutRepository(location.path)
+            named = location.digest or location.tag
+        case OciArchiveLocation():
+            repository = OciArchiveRepository(location.path)
+            named = location.tag
+        case DockerArchiveLocation():
+            repository = DockerArchiveRepository(location.path)
+            named = location.name
     try:
-        return Opened(repository, reference or repository.default_reference())
+        return repository, named or repository.default_reference()
     except BaseException:
         repository.close()
         raise

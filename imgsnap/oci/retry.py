@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 
 from imgsnap.errors import ImgsnapError
 from imgsnap.oci.http_errors import RegistryUnavailable
@@ -95,6 +94,8 @@ def retry_after_s(header: str | None, *, now: datetime | None = None) -> float |
     text = header.strip()
     if text.isascii() and text.isdigit():
         return float(min(int(text[:12]), 86_400 * 365))
+    from email.utils import parsedate_to_datetime
+
     try:
         moment = parsedate_to_datetime(text)
     except (ValueError, TypeError, IndexError, OverflowError):

@@ -24,7 +24,7 @@ def base_tar(size: int = 300_000) -> bytes:
             Item(b"etc/gone", content=b"hidden by the upper layer\n"),
             Item(b"usr", DIR, mode=0o755, mtime="1700000000.123456789"),
             Item(b"usr/noise", content=noise(size, 1), mode=0o755, uid=1000, gid=70000),
-            Item(b"usr/zeros", content=bytes(200_000)),
+            Item(b"usr/zeros", content=bytes(800_000)),
             Item(b"usr/text", content=b"line\n" * 20_000, xattrs={b"user.note": b"\0\xff"}),
             Item(b"lib", SYM, mode=0o777, link=b"usr"),
             Item("naïve".encode(), content=b"a name of two encodings"),

@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgsnap.digest import Digest, chunk_id, sha256_digest
@@ -34,10 +34,10 @@ class BuiltSnapshot:
     """A snapshot's blobs, and the device it must present."""
 
     manifest: RawManifest
-    blobs: dict[Digest, bytes]
-    device: bytes
-    config: SnapshotConfig
-    chunk_map: ChunkMap
+    blobs: dict[Digest, bytes] = field(repr=False)
+    device: bytes = field(repr=False)
+    config: SnapshotConfig = field(repr=False)
+    chunk_map: ChunkMap = field(repr=False)
     packs: tuple[Digest, ...]
 
     @property
@@ -96,6 +96,8 @@ def build_snapshot(
         _extent(device, first, last, chunk_blocks, number % packs, buffers[number % packs])
         for number, (first, last) in enumerate(itertools.pairwise(cuts))
     ]
+    while buffers and not buffers[-1]:  # only zero chunks: an empty blob is no pack
+        buffers.pop()
     refs = tuple(PackRef(sha256_digest(bytes(b)), len(b)) for b in buffers)
     pack_layers = [_add(blobs, PACK_TYPE, bytes(buffer)) for buffer in buffers]
     chunk_map = ChunkMap(refs, tuple(pieces))

@@ -285,3 +285,59 @@ def test_sequential_reads_keep_several_ranges_in_flight(tmp_path):
         read = b"".join(store.reader.read(at, step) for at in range(0, len(built.device), step))
         assert read == built.device
         assert store.statistics.readahead.chunks > store.statistics.demand.chunks * 5
+
+
+def test_a_reader_who_joined_a_failing_prefetch_gets_an_attempt_of_its_own(built, tmp_path):
+    repository = MemoryRepository(built)
+    with open_store(repository, tmp_path, threads=1) as store:
+        repository.gate = threading.Event()
+        source = store.reader._parts[1].source
+        offset = frames(built)[0][0]
+        store.fetcher.hint([(source, 0)], Priority.PREFETCH)
+        while not repository.ranges:
+            threading.Event().wait(0.005)
+        outcome = []
+        arrived = threading.Event()
+
+        def done(data, error):
+            outcome.append(error or bytes(data))
+            arrived.set()
+
+        store.reader.fetch(offset, 4096, done)
+        repository.faults.truncate = 1
+        fail_once = repository.read_range
+
+        def read_range(*arguments):
+            repository.faults.truncate = 0
+            return fail_once(*arguments)
+
+        repository.read_range = read_range  # the next request is well again
+        repository.gate.set()
+        assert arrived.wait(20)
+        assert outcome == [built.device[offset : offset + 4096]]
+        assert len(repository.ranges) == 2
+
+
+def test_a_pack_that_came_while_a_range_was_refused_is_not_fetched_again(built, tmp_path):
+    repository = MemoryRepository(built)
+    repository.faults.no_ranges = 1
+    first, second = frames(built)[0], frames(built)[5]
+    assert first[2] == second[2]
+    refused = repository.read_range
+    with open_store(repository, tmp_path, threads=2) as store:
+        slow, go = threading.Event(), threading.Event()
+
+        def read_range(descriptor, offset, length):
+            if offset == second[3]:
+                slow.set()
+                go.wait(20)
+            return refused(descriptor, offset, length)
+
+        repository.read_range = read_range
+        arrived = threading.Event()
+        store.reader.fetch(second[0], 4096, lambda data, error: arrived.set())
+        assert slow.wait(20)
+        store.reader.read(first[0], 4096)
+        go.set()
+        assert arrived.wait(20)
+    assert repository.count("open") == 1

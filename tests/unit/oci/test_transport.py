@@ -1,0 +1,593 @@
+"""Transport and registry reads against a scripted registry: retries, redirects, tokens, hints."""
+
+import datetime
+import json
+import socket
+import subprocess
+import threading
+
+import pytest
+
+from imgsnap.errors import (
+    AccessDenied,
+    DigestMismatch,
+    IntegrityError,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
+from imgsnap.oci.auth import Scope
+from imgsnap.oci.connections import ConnectionOptions, Proxies
+from imgsnap.oci.http_errors import parse_refusal, redact, refusal_error
+from imgsnap.oci.http_message import Request
+from imgsnap.oci.repository import RangeUnsupported
+from imgsnap.oci.retry import retry_after_s
+from tests.support.oci_images import FakeTime, descriptor_of, repository_at, transport_to
+from tests.support.registry import ScriptedRegistry
+
+NAME = "team/app"
+DATA = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def registry():
+    with ScriptedRegistry() as scripted:
+        scripted.add_blob(NAME, DATA)
+        yield scripted
+
+
+@pytest.fixture
+def auth_file(tmp_path, registry):
+    path = tmp_path / "config.json"
+    entry = {"username": registry.username, "password": registry.password}
+    path.write_text(json.dumps({"auths": {registry.host: entry}}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tls_files(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tls")
+    key, certificate = directory / "key.pem", directory / "cert.pem"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+            *("-nodes", "-days", "2", "-subj", "/CN=test"),
+            *("-addext", "subjectAltName=IP:127.0.0.1"),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return str(certificate), str(key)
+
+
+BLOB = descriptor_of(DATA)
+
+
+def read(registry, **settings):
+    repository = repository_at(registry.host, NAME, **settings)
+    try:
+        return repository.read_range(BLOB, 100, 50)
+    finally:
+        repository.close()
+
+
+# Retries
+
+
+def test_tries_again_after_5xx_with_growing_waits(registry):
+    registry.switches.fail_times = 3
+    time = FakeTime()
+    assert read(registry, time=time) == DATA[100:150]
+    assert len(time.slept) == 3
+    assert time.slept == sorted(time.slept)
+    assert 0.1 <= time.slept[0] <= 0.2
+
+
+def test_gives_up_with_status_code_and_hint(registry):
+    registry.switches.fail_times = 99
+    registry.switches.fail_status = 429
+    with pytest.raises(Unavailable, match="HTTP 429 TOOMANYREQUESTS: slow down") as caught:
+        read(registry)
+    assert "rate" in caught.value.hint
+    assert caught.value.refusal.status == 429
+    assert len(registry.log) == 4
+
+
+def test_honours_retry_after_within_reason(registry):
+    registry.switches.fail_times = 1
+    registry.switches.fail_status = 429
+    registry.switches.retry_after = "7"
+    time = FakeTime()
+    assert read(registry, time=time) == DATA[100:150]
+    assert time.slept == [7.0]
+    registry.switches.fail_times = 1
+    registry.switches.retry_after = "86400"
+    assert read(registry, time=time) == DATA[100:150]
+    assert time.slept[1:] == [60.0]
+
+
+def test_the_deadline_ends_the_retries(registry):
+    registry.switches.fail_times = 99
+    registry.switches.retry_after = "60"
+    time = FakeTime()
+    with pytest.raises(Unavailable):
+        read(registry, time=time, attempts_max=99)
+    assert sum(time.slept) <= 300
+
+
+def test_retry_after_forms():
+    now = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    assert retry_after_s("120", now=now) == 120.0
+    assert retry_after_s("Thu, 01 Jan 2026 00:00:30 GMT", now=now) == 30.0
+    assert retry_after_s("Thu, 01 Jan 2015 00:00:30 GMT", now=now) == 0.0
+    for text in (None, "", "soon", "-5", "9" * 400, "١٢"):
+        got = retry_after_s(text, now=now)
+        assert got is None or 0 <= got <= 86_400 * 365
+
+
+def test_a_client_error_is_not_retried(registry):
+    registry.switches.fail_times = 1
+    registry.switches.fail_status = 400
+    with pytest.raises(InvalidArgument):
+        read(registry)
+    assert len(registry.log) == 1
+
+
+def test_no_listener_is_unavailable():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.raises(Unavailable) as caught:
+        repository_at(f"127.0.0.1:{port}").tags()
+    assert caught.value.hint
+
+
+# Ranges and bodies
+
+
+def test_reads_closed_ranges_and_counts(registry):
+    repository = repository_at(registry.host, NAME)
+    assert repository.read_range(BLOB, 0, 1) == DATA[:1]
+    assert repository.read_range(BLOB, len(DATA) - 5, 5) == DATA[-5:]
+    assert repository.read_range(BLOB, 0, len(DATA)) == DATA
+    assert repository.read_range(BLOB, 7, 0) == b""
+    assert [entry.headers["range"] for entry in registry.log] == [
+        "bytes=0-0",
+        f"bytes={len(DATA) - 5}-{len(DATA) - 1}",
+        f"bytes=0-{len(DATA) - 1}",
+    ]
+    counts = repository.transport.stats.snapshot()
+    assert counts["requests"] == counts["status_206"] == 3
+    assert counts["bytes_received"] == len(DATA) + 6
+    repository.close()
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 5), (0, -1), (len(DATA), 1), (5, len(DATA))])
+def test_ranges_outside_the_blob_are_not_sent(registry, offset, length):
+    with pytest.raises(InvalidArgument):
+        repository_at(registry.host, NAME).read_range(BLOB, offset, length)
+    assert registry.log == []
+
+
+def test_a_whole_blob_for_a_range_is_not_read(registry):
+    big = bytes(20 << 20)
+    registry.add_blob(NAME, big)
+    registry.switches.ignore_ranges = True
+    repository = repository_at(registry.host, NAME)
+    with pytest.raises(RangeUnsupported):
+        repository.read_range(descriptor_of(big), 5, 10)
+    assert repository.transport.stats.get("bytes_received") == 0
+    assert repository.read_range(BLOB, 0, len(DATA)) == DATA  # the whole is what was asked for
+    repository.close()
+
+
+@pytest.mark.parametrize(
+    "said", ["bytes 0-49/10240", "bytes 100-148/10240", "", "bytes */10240", "100-149", "x" * 9999]
+)
+def test_another_part_than_asked_is_refused(registry, said):
+    registry.switches.content_range = said
+    with pytest.raises(RangeUnsupported):
+        read(registry)
+
+
+def test_a_shifted_part_is_refused(registry):
+    registry.switches.shift_range = 1
+    with pytest.raises(RangeUnsupported):
+        read(registry)
+
+
+def test_an_unknown_total_is_fine_and_a_wrong_one_is_damage(registry):
+    registry.switches.content_range = "bytes 100-149/*"
+    assert read(registry) == DATA[100:150]
+    registry.switches.content_range = "bytes 100-149/999"
+    with pytest.raises(IntegrityError):
+        read(registry)
+
+
+def test_a_short_body_with_matching_length_is_no_range(registry):
+    registry.switches.truncate_times = 1
+    with pytest.raises(RangeUnsupported):
+        read(registry)
+
+
+def test_a_connection_that_drops_in_a_range_is_tried_again(registry):
+    registry.switches.drop_times = 2
+    assert read(registry) == DATA[100:150]
+    assert len(registry.log) == 3
+
+
+def test_416_is_no_range(registry):
+    bigger = descriptor_of(DATA)
+    bigger = type(bigger)(bigger.media_type, bigger.digest, len(DATA) + 100)
+    with pytest.raises(RangeUnsupported):
+        repository_at(registry.host, NAME).read_range(bigger, len(DATA) + 10, 5)
+
+
+# Streams
+
+
+def stream(repository, descriptor=BLOB, size=1000):
+    with repository.open_blob(descriptor) as file:
+        return b"".join(iter(lambda: file.read(size), b""))
+
+
+def test_a_broken_stream_continues_with_a_closed_range(registry):
+    registry.switches.drop_times = 3
+    registry.switches.drop_after = 3000
+    repository = repository_at(registry.host, NAME)
+    assert stream(repository) == DATA
+    ranges = [entry.headers.get("range") for entry in registry.log]
+    assert ranges[0] is None
+    assert all(text.endswith(f"-{len(DATA) - 1}") for text in ranges[1:])
+    assert len(ranges) == 4
+    repository.close()
+
+
+def test_a_broken_stream_without_ranges_starts_again(registry):
+    registry.switches.ignore_ranges = True
+    registry.switches.drop_times = 1
+    registry.switches.drop_after = 3000
+    assert stream(repository_at(registry.host, NAME)) == DATA
+
+
+def test_a_stream_that_cannot_be_resumed_ends_unavailable(registry):
+    registry.switches.drop_times = 99
+    registry.switches.drop_after = 0
+    with pytest.raises(Unavailable):
+        stream(repository_at(registry.host, NAME))
+
+
+def test_a_blob_of_another_size_is_damage(registry):
+    for size in (len(DATA) - 1, len(DATA) + 1):
+        wrong = type(BLOB)(BLOB.media_type, BLOB.digest, size)
+        with pytest.raises(IntegrityError):
+            stream(repository_at(registry.host, NAME), wrong)
+
+
+def test_small_blobs_are_verified(registry):
+    repository = repository_at(registry.host, NAME)
+    assert repository.blob(BLOB, size_max=1 << 20) == DATA
+    registry.switches.corrupt.add(BLOB.digest)
+    with pytest.raises(DigestMismatch):
+        repository.blob(BLOB, size_max=1 << 20)
+    repository.close()
+
+
+# Redirects
+
+
+def test_redirects_are_followed_and_remembered(registry, auth_file):
+    registry.switches.redirect_blobs = True
+    registry.switches.auth = "token"
+    options = ConnectionOptions(plain_http=True, headers=(("X-Dragonfly", "1"),))
+    repository = repository_at(registry.host, NAME, auth_file=auth_file, options=options)
+    for _ in range(3):
+        assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    storage = registry.requests(server="storage")
+    assert len(storage) == 3
+    assert all("authorization" not in entry.headers for entry in storage)
+    assert all("x-dragonfly" not in entry.headers for entry in storage)
+    assert all(entry.query == {"signature": ["secret"]} for entry in storage)
+    served = [e for e in registry.requests(part="/blobs/", server="registry") if e.status == 307]
+    assert len(served) == 1
+    assert served[0].headers["x-dragonfly"] == "1"
+    repository.close()
+
+
+def test_dead_redirects_are_resolved_again(registry):
+    registry.switches.redirect_blobs = True
+    registry.switches.redirect_uses = 2
+    repository = repository_at(registry.host, NAME)
+    for _ in range(5):
+        assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    assert len(registry.requests(server="registry")) == 3
+    registry.kill_redirects()
+    registry.switches.redirect_dead_status = 401
+    assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    repository.close()
+
+
+def test_remembered_redirects_grow_old(registry):
+    registry.switches.redirect_blobs = True
+    time = FakeTime()
+    repository = repository_at(registry.host, NAME, time=time)
+    repository.read_range(BLOB, 0, 5)
+    time.now_s += 121
+    repository.read_range(BLOB, 0, 5)
+    assert len(registry.requests(server="registry")) == 2
+    repository.close()
+
+
+def test_a_target_that_always_refuses_ends(registry):
+    registry.switches.redirect_blobs = True
+    registry.switches.redirect_uses = 0
+    with pytest.raises(AccessDenied) as caught:
+        read(registry)
+    assert "secret" not in str(caught.value)
+    assert len(registry.requests(server="storage")) == 2
+
+
+def test_streams_resume_through_redirects(registry):
+    registry.switches.redirect_blobs = True
+    registry.switches.redirect_uses = 1
+    registry.switches.drop_times = 2
+    registry.switches.drop_after = 3000
+    assert stream(repository_at(registry.host, NAME)) == DATA
+
+
+@pytest.mark.parametrize("location", ["ftp://x/y", "file:///etc/passwd", "gopher://x"])
+def test_redirects_to_other_schemes_are_refused(registry, location):
+    registry.switches.redirect_location = location
+    with pytest.raises(AccessDenied):
+        read(registry)
+
+
+def test_redirect_loops_end(registry):
+    registry.switches.redirect_location = f"http://{registry.host}/v2/{NAME}/blobs/{BLOB.digest}"
+    with pytest.raises(Unavailable, match="redirects"):
+        read(registry)
+
+
+def test_connections_are_kept_across_redirects(registry):
+    registry.switches.redirect_blobs = True
+    registry.switches.redirect_uses = 1
+    repository = repository_at(registry.host, NAME)
+    for _ in range(10):
+        repository.read_range(BLOB, 0, 5)
+    assert registry.connections <= 2  # one to the registry, one to its storage
+    repository.close()
+
+
+def test_has_blob_does_not_follow_redirects(registry):
+    repository = repository_at(registry.host, NAME)
+    assert repository.has_blob(BLOB)
+    assert not repository.has_blob(descriptor_of(b"absent"))
+    registry.switches.redirect_blobs = True
+    assert repository.has_blob(BLOB)
+    assert registry.requests(server="storage") == []
+    repository.close()
+
+
+# Authentication
+
+
+def test_token_flow_asks_once_per_scope(registry, auth_file):
+    registry.switches.auth = "token"
+    repository = repository_at(registry.host, NAME, auth_file=auth_file)
+    for _ in range(3):
+        assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    tokens = registry.requests(part="/token")
+    assert [entry.query for entry in tokens] == [
+        {"service": ["scripted"], "scope": [f"repository:{NAME}:pull"]}
+    ]
+    assert [entry.status for entry in registry.requests(part="/blobs/")] == [401, 206, 206, 206]
+    repository.close()
+
+
+def test_expired_tokens_are_renewed(registry, auth_file):
+    registry.switches.auth = "token"
+    registry.switches.token_uses = 2
+    repository = repository_at(registry.host, NAME, auth_file=auth_file)
+    for _ in range(7):
+        assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    assert len(registry.requests(part="/token")) == 4
+    repository.close()
+
+
+def test_a_token_that_never_works_ends_denied(registry, auth_file):
+    registry.switches.auth = "token"
+    registry.switches.token_uses = 0
+    with pytest.raises(AccessDenied, match="401") as caught:
+        read(registry, auth_file=auth_file)
+    assert "log in" in caught.value.hint
+    assert len(registry.requests(part="/token")) == 1
+
+
+def test_identity_tokens_are_posted(registry, tmp_path):
+    registry.switches.auth = "token"
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({"auths": {registry.host: {"identitytoken": "identity"}}}))
+    assert read(registry, auth_file=path) == DATA[100:150]
+    assert [entry.method for entry in registry.requests(part="/token")] == ["POST"]
+
+
+def test_basic_auth_and_refusals(registry, auth_file):
+    registry.switches.auth = "basic"
+    assert read(registry, auth_file=auth_file) == DATA[100:150]
+    with pytest.raises(AccessDenied, match="401 UNAUTHORIZED"):
+        read(registry)
+    registry.switches.auth = "token"
+    with pytest.raises(AccessDenied, match="wrong password"):
+        read(registry)
+
+
+def test_many_threads_share_one_token(registry, auth_file):
+    registry.switches.auth = "token"
+    repository = repository_at(registry.host, NAME, auth_file=auth_file)
+    repository.read_range(BLOB, 0, 1)
+    results = []
+
+    def work(number):
+        for step in range(10):
+            offset = (number * 37 + step * 11) % 9000
+            results.append(repository.read_range(BLOB, offset, 64) == DATA[offset : offset + 64])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 80
+    assert len(registry.requests(part="/token")) == 1
+    repository.close()
+
+
+def test_cookies_are_never_sent(registry):
+    registry.switches.set_cookie = True
+    repository = repository_at(registry.host, NAME)
+    for _ in range(3):
+        repository.read_range(BLOB, 0, 5)
+    assert all("cookie" not in entry.headers for entry in registry.log)
+    repository.close()
+
+
+def test_warnings_are_logged_once(registry, caplog):
+    registry.switches.warning = '299 - "this repository is going away"'
+    repository = repository_at(registry.host, NAME)
+    repository.read_range(BLOB, 0, 5)
+    repository.read_range(BLOB, 0, 5)
+    assert caplog.text.count("going away") == 1
+    repository.close()
+
+
+# TLS
+
+
+def test_tls_with_a_given_authority(tls_files, tmp_path):
+    from pathlib import Path
+
+    with ScriptedRegistry(tls=tls_files) as registry:
+        registry.add_blob(NAME, DATA)
+        trusted = ConnectionOptions(ca_file=Path(tls_files[0]))
+        assert read(registry, options=trusted) == DATA[100:150]
+        assert read(registry, options=ConnectionOptions(insecure=True)) == DATA[100:150]
+        environ = {"SSL_CERT_FILE": tls_files[0]}
+        assert read(registry, options=ConnectionOptions(), environ=environ) == DATA[100:150]
+        count = len(registry.log)
+        with pytest.raises(Unavailable) as caught:
+            read(registry, options=ConnectionOptions())
+        assert "--ca-file" in caught.value.hint
+        with pytest.raises(Unavailable) as caught:
+            read(registry, options=ConnectionOptions(plain_http=True), attempts_max=1)
+        assert len(registry.log) == count
+
+
+def test_redirects_and_token_servers_do_not_leave_tls(tls_files, tmp_path):
+    from pathlib import Path
+
+    with ScriptedRegistry(tls=tls_files) as registry, ScriptedRegistry() as plain:
+        registry.add_blob(NAME, DATA)
+        options = ConnectionOptions(ca_file=Path(tls_files[0]))
+        registry.switches.redirect_location = f"http://{plain.host}/x"
+        with pytest.raises(AccessDenied, match="from https to"):
+            read(registry, options=options)
+        registry.switches.auth = "token"
+        registry.switches.realm = f"http://{plain.host}/token"
+        path = tmp_path / "c.json"
+        path.write_text(json.dumps({"auths": {registry.host: {"auth": "dTpw"}}}))
+        with pytest.raises(AccessDenied, match="plain HTTP"):
+            read(registry, options=options, auth_file=path)
+        assert plain.log == []
+
+
+def test_loopback_falls_back_to_plain_http(registry):
+    assert read(registry, options=ConnectionOptions()) == DATA[100:150]
+    registry.switches.auth = "token"
+    repository = repository_at(registry.host, NAME, options=ConnectionOptions())
+    with pytest.raises(AccessDenied):
+        repository.read_range(BLOB, 0, 5)
+    assert repository.transport.origin == f"http://{registry.host}"
+    repository.close()
+
+
+def test_other_hosts_do_not_fall_back(registry, monkeypatch):
+    monkeypatch.setattr("imgsnap.oci.transport.is_loopback", lambda host: False)
+    with pytest.raises(Unavailable) as caught:
+        read(registry, options=ConnectionOptions())
+    assert "--plain-http" in caught.value.hint
+    assert registry.log == []
+
+
+# Options, proxies, messages
+
+
+@pytest.mark.parametrize(
+    "header", [("Cookie", "a=b"), ("Host", "x"), ("X", "a\r\nY: b"), ("X Y", "z"), ("Range", "x")]
+)
+def test_unsafe_headers_are_refused(header):
+    with pytest.raises(InvalidArgument):
+        ConnectionOptions(headers=(header,))
+
+
+def test_a_missing_certificate_file_is_named(tmp_path):
+    options = ConnectionOptions(ca_file=tmp_path / "none.pem")
+    with pytest.raises(InvalidArgument, match=r"none\.pem"):
+        transport_to("r.example", options=options).open(Request("GET", "/v2/"))
+    with pytest.raises(InvalidArgument):
+        ConnectionOptions(key_file=tmp_path / "key")
+
+
+def test_proxies_are_chosen_as_curl_does():
+    environ = {
+        "HTTPS_PROXY": "http://p:1",
+        "http_proxy": "p:2",
+        "NO_PROXY": "a.example, .corp,10.0.0.0/8,b.example:5000,*.wild.example",
+    }
+    proxies = Proxies(environ)
+    assert proxies.url_for("https", "r.example", None) == "http://p:1"
+    assert proxies.url_for("http", "r.example", None) == "http://p:2"
+    for host in ("a.example", "x.a.example", "y.corp", "10.1.2.3", "z.wild.example"):
+        assert proxies.url_for("https", host, 443) is None
+    assert proxies.url_for("https", "b.example", 5000) is None
+    assert proxies.url_for("https", "b.example", 443) == "http://p:1"
+    assert proxies.url_for("https", "127.0.0.1", 5000) is None
+    assert proxies.url_for("https", "::1", 5000) is None
+    assert Proxies({"HTTPS_PROXY": "p", "no_proxy": "*"}).url_for("https", "r", None) is None
+    assert Proxies({}).url_for("https", "r", None) is None
+    with pytest.raises(InvalidArgument):
+        Proxies({"all_proxy": "socks5://p"}).url_for("https", "r", None)
+
+
+def test_plain_http_goes_through_a_proxy(registry):
+    # The scripted registry stands in for a proxy: it sees the absolute URL.
+    environ = {"http_proxy": f"http://{registry.host}"}
+    transport = transport_to("r.example", environ=environ)
+    request = Request("GET", "/v2/", Scope())
+    assert transport.exchange(request, lambda response: response.body(100)) == b"{}"
+    assert registry.log[0].headers["host"] == "r.example"
+    transport.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "exit_code"),
+    [(403, AccessDenied, 5), (404, NotFound, 4), (500, Unavailable, 6), (400, InvalidArgument, 2)],
+)
+def test_errors_keep_facts_and_hide_signatures(status, kind, exit_code):
+    refusal = parse_refusal(status, b'{"errors":[{"code":"X","message":"a\\u001b[31mb"}]}')
+    error = refusal_error(refusal, method="GET", url="https://u:p@h/x?sig=secret")
+    assert isinstance(error, kind)
+    assert error.exit_code == exit_code
+    assert error.refusal.codes == ("X",)
+    assert "secret" not in str(error)
+    assert "u:p" not in str(error)
+    assert "\x1b" not in str(error)
+
+
+def test_odd_error_bodies_are_quoted_short():
+    html = parse_refusal(502, b"<html><b>Bad</b> Gateway" + b"x" * 100_000)
+    assert html.text.startswith("Bad Gateway")
+    assert len(html.text) <= 300
+    for body in (b"", b"[]", b'{"errors":5}', b'{"errors":[5]}', b"\xff\xff", b"[" * 50_000):
+        assert parse_refusal(500, body).status == 500
+    assert redact("https://h/p?a=b") == "https://h/p?…"
