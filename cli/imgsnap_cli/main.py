@@ -35,6 +35,10 @@ COMMANDS = {
 command pay for their own imports alone."""
 
 
+class ReaderGone(Exception):
+    """Nobody reads our output any more."""
+
+
 class LazyGroup(click.Group):
     """Lists commands without importing them."""
 
@@ -51,6 +55,12 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(sorted(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ReaderGone from error  # click would make it exit code 1
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -128,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         result: Any = cli.main(args=arguments, prog_name="imgsnap", standalone_mode=False)
+        sys.stdout.flush()
     except ImgsnapError as error:
         if debug:
             raise
@@ -139,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error.format_message(), None, 2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("interrupted", None, 130)
-    except BrokenPipeError:
+    except (ReaderGone, BrokenPipeError):
         # The reader of our output has gone: as other tools do, stop without a word.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -158,6 +169,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> NoReturn:
     """The `imgsnap` script."""
-    code = main()
-    sys.stdout.flush()
-    raise SystemExit(code)
+    try:
+        code = main()
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    sys.stderr.flush()
+    # Everything held has been given back. Threads that hang on a registry would be waited for.
+    os._exit(code)

@@ -10,11 +10,11 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Self
+from typing import Any, Self
 
 from imgsnap.blockstore.chunk_index import ChunkIndex
 from imgsnap.convert import ingest
@@ -42,6 +42,10 @@ from imgsnap.oci.transfer import copy_blob
 
 TRANSFERS = 4
 """Uploads and look-ups at a time; more only adds connections on the links measured."""
+
+
+ABANDON_AFTER_S = 2.0
+"""How long a conversion that has failed waits for its workers to notice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +120,15 @@ class Conversion:
         self._reuse = reuse
         self._known = Known(index, self._obtain_pack)
         self._stop = threading.Event()
+        self._running: list[Future[Any]] = []
 
     def __enter__(self) -> Self:
         work_dir = self._options.work_dir
         try:
             work_dir.mkdir(parents=True, exist_ok=True)
-            self._work = TemporaryDirectory(dir=work_dir, prefix="imgsnap-convert-")
+            self._work = TemporaryDirectory(
+                dir=work_dir, prefix="imgsnap-convert-", ignore_cleanup_errors=True
+            )
         except OSError as error:
             raise ResourceExhausted(
                 f"cannot work in {work_dir}: {error.strerror}",
@@ -138,7 +145,11 @@ class Conversion:
     def __exit__(self, *exc_info: object) -> None:
         self._stop.set()
         for pool in (self._ingest, self._compress, self._transfer):
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+        # After an error a worker may hang on a registry that has stalled, for as long as the
+        # transport is patient. It is left behind: whatever it writes goes to a deleted file.
+        failed = exc_info[0] is not None
+        wait(self._running, timeout=ABANDON_AFTER_S if failed else None)
         self._work.cleanup()
 
     def convert(self, source: Repository, image: SourceImage) -> ConvertedImage:
@@ -218,12 +229,14 @@ class Conversion:
             layer.diff_id: self._ingest.submit(self._spool, source, layer)
             for layer in sorted(missing, key=lambda layer: -layer.descriptor.size)
         }
+        self._running += spooled.values()
         published: list[_Publishing] = []
         try:
             for layer in missing:
                 built, tar = spooled.pop(layer.diff_id).result()
                 packed = self._pack(layer, built, tar)
                 future = self._transfer.submit(self._publish, layer, built, packed)
+                self._running.append(future)
                 published.append(_Publishing(layer, packed, future))
         except Exception:
             # A rerun finds the layers that were finished before the one that failed.

@@ -211,3 +211,8 @@ def _start_log(path: Path) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO)
+    # A command that logs has given the package a handler of its own, and no way to the root's.
+    package = logging.getLogger("imgsnap")
+    package.handlers.clear()
+    package.propagate = True
+    package.setLevel(logging.NOTSET)

@@ -1,5 +1,7 @@
 """Places for the command line tests; each test gives back all it took."""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,4 +38,6 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     left = command.leftovers()
     if left:
         command.any("umount", "--all", "--lazy")
+        for pid in command.processes():
+            os.kill(pid, signal.SIGKILL)
     assert left == []

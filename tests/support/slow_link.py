@@ -9,13 +9,13 @@ PIECE = 16 << 10
 
 
 class SlowLink:
-    """Forwards connections to `port`; lets `allowance` bytes of answers through, then waits for
-    `open`. `reached` is set when it begins to wait."""
+    """Forwards connections to `port`; lets `allowance` bytes of answers through on each, then waits
+    for `open`. `reached` is set when one begins to wait."""
 
     def __init__(self, port: int, allowance: int) -> None:
         self.reached = threading.Event()
         self._port = port
-        self._left = allowance
+        self._allowance = allowance
         self._lock = threading.Lock()
         self._open = threading.Event()
         self._closing = False
@@ -63,19 +63,14 @@ class SlowLink:
 
     def _forward(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
         with contextlib.suppress(OSError):
+            passed = 0
             while data := source.recv(PIECE):
-                if counted:
-                    self._spend(len(data))
+                passed += len(data)
+                if counted and passed > self._allowance and not self._open.is_set():
+                    self.reached.set()
+                    self._open.wait()
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
-
-    def _spend(self, size: int) -> None:
-        with self._lock:
-            self._left -= size
-            empty = self._left < 0
-        if empty and not self._open.is_set():
-            self.reached.set()
-            self._open.wait()
 
 
 @contextlib.contextmanager
