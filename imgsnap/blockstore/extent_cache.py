@@ -73,6 +73,17 @@ class PresenceHeader:
 assert PresenceHeader.STRUCT.size == PresenceHeader.SIZE
 
 
+_local = threading.local()
+
+
+def _scratch(size: int) -> memoryview:
+    """A buffer of this thread: making one for each chunk would cost more than hashing it."""
+    buffer: bytearray | None = getattr(_local, "buffer", None)
+    if buffer is None or len(buffer) < size:
+        buffer = _local.buffer = bytearray(size)
+    return memoryview(buffer)[:size]
+
+
 class ExtentCache:
     """One extent's chunks on this node. Offsets are bytes from the extent's start.
 
@@ -114,6 +125,11 @@ class ExtentCache:
     def complete(self) -> bool:
         """Whether every chunk is here and verified by this process."""
         return self._state.count(VERIFIED) == len(self._state)
+
+    @property
+    def local(self) -> bool:
+        """Whether every chunk is on disk, verified or not, as far as this process knows."""
+        return not self._state.count(ABSENT)
 
     @property
     def storing(self) -> bool:
@@ -169,12 +185,13 @@ class ExtentCache:
 
     def _intact(self, row: int) -> bool:
         offset, size = self.place(row)
+        buffer = _scratch(size)
         try:
-            data = os.pread(self._data, size, offset)
+            count = os.preadv(self._data, (buffer,), offset)
         except OSError as error:
             _log.warning("cannot read the cache of extent %s: %s", self.id, error)
             return False
-        return len(data) == size and chunk_id(data) == self.extent.chunk_id(row)
+        return count == size and chunk_id(buffer) == self.extent.chunk_id(row)
 
     def _listed(self, row: int) -> bool:
         return os.pread(self._map, 1, PresenceHeader.SIZE + row) == _PRESENT

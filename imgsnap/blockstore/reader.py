@@ -91,6 +91,11 @@ class BlockReader:
             )
         return self._complete
 
+    @property
+    def local(self) -> bool:
+        """Whether nothing would have to be fetched now, as far as the presence maps say."""
+        return all(part.source.cache.local for part in self._parts if part.source is not None)
+
     # Reading ---------------------------------------------------------------------------------
 
     def read_into(self, view: memoryview, offset: int) -> bool:

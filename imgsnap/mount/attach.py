@@ -15,9 +15,11 @@ from imgsnap.mount.linux import MountFlag, UmountFlag
 
 DEVICE_FILE = "layer.erofs"
 FUSE_TYPE = "fuse.imgsnap"
-READ_AHEAD_KB = 128
-"""The kernel's default, set all the same: its guesses cost network here. With 1 MiB a cold Python
-start fetched 12 % more in the same time."""
+READ_AHEAD_LAZY_KB = 128
+READ_AHEAD_LOCAL_KB = 1024
+"""The kernel's readahead on the device file, fixed when EROFS opens it. While chunks have to be
+fetched its guesses cost network: with 1 MiB a cold Python start fetched 12 % more in no less time.
+When all bytes are local it saves requests: sequential reads are 1.4 times as fast as with 128."""
 BUSY_RETRIES = 20
 BUSY_WAIT_S = 0.05
 """The kernel closes the file below an unmounted EROFS a moment after umount returns."""
@@ -57,7 +59,7 @@ def mount_fuse(directory: Path) -> int:
     return fd
 
 
-def tune_readahead(directory: Path, kib: int = READ_AHEAD_KB) -> None:
+def tune_readahead(directory: Path, kib: int) -> None:
     """Sets the readahead of the file system mounted at `directory`; a failure only costs speed."""
     device = directory.stat().st_dev
     path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")

@@ -163,7 +163,11 @@ class _Server:
         stack.callback(server.join, _END_S)
         stack.callback(self._unmount)
         server.start()
-        attach.tune_readahead(record.device_dir)
+        local = reader.local
+        attach.tune_readahead(
+            record.device_dir,
+            attach.READ_AHEAD_LOCAL_KB if local else attach.READ_AHEAD_LAZY_KB,
+        )
         target = Path(record.target)
         erofs_target = target
         if record.read_write:
