@@ -107,10 +107,19 @@ def put_raw(target: WritableRepository, data: bytes, media_type: str) -> Descrip
     return descriptor
 
 
+def put_empty(target: WritableRepository) -> None:
+    """Stores the config that all artefacts have."""
+    put_raw(target, EMPTY, media_types.OCI_EMPTY)
+
+
 def publish_artifact(
     target: WritableRepository, index: LayerIndex, packed: PackedLayer
 ) -> LayerArtifact:
-    """Stores a layer's artefact; its packs must be in the target already."""
+    """Stores a layer's artefact; its packs must be in the target already.
+
+    Before several of them at a time, `put_empty`: docker-registry refuses a manifest while
+    another client stores a blob that it lists.
+    """
     layers = (
         put_content(target, layer_index_codec.encode(index), media_types.LAYER_INDEX, INDEX_LEVEL),
         put_content(

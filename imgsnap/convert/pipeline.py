@@ -24,6 +24,7 @@ from imgsnap.convert.artifact import (
     layer_tag,
     pack_descriptor,
     publish_artifact,
+    put_empty,
 )
 from imgsnap.convert.dedupe import Known, artifact_name
 from imgsnap.convert.ingest import LayerSource
@@ -121,6 +122,8 @@ class Conversion:
         self._known = Known(index, self._obtain_pack)
         self._stop = threading.Event()
         self._running: list[Future[Any]] = []
+        self._taking = threading.Lock()
+        self._prepared = False
 
     def __enter__(self) -> Self:
         work_dir = self._options.work_dir
@@ -201,12 +204,22 @@ class Conversion:
             found = find_artifact(repository, layer, rules)
             if found is None:
                 continue
-            for pack in found.chunk_map.packs:
-                copy_blob(repository, self._target, pack_descriptor(pack), Path(self._work.name))
+            self._prepare_target()
+            with self._taking:  # two layers may use one pack
+                for pack in found.chunk_map.packs:
+                    descriptor = pack_descriptor(pack)
+                    copy_blob(repository, self._target, descriptor, Path(self._work.name))
             return publish_artifact(
                 self._target, found.index, PackedLayer(found.chunk_map, (), 0, 0)
             )
         return None
+
+    def _prepare_target(self) -> None:
+        """Stores what all artefacts share before they are published side by side."""
+        with self._taking:
+            if not self._prepared:
+                put_empty(self._target)
+                self._prepared = True
 
     def _obtain_pack(self, pack: PackRef) -> bool:
         """Whether the target has the pack, or can take it over without an upload."""
@@ -296,6 +309,7 @@ class Conversion:
             self._target.put_blob(pack_descriptor(pack.ref), pack.path)
             pack.path.unlink(missing_ok=True)
             self._progress.advance(layer.label, pack.ref.size)
+        self._prepare_target()
         artifact = publish_artifact(self._target, built.index, packed)
         self._progress.done(layer.label, f"{packed.new_bytes >> 10} KiB new")
         return artifact

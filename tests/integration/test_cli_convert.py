@@ -221,6 +221,17 @@ def test_chunks_are_stored_once_in_a_repository(cli: Cli, registry: DockerRegist
     assert checked["differences"] == []
 
 
+def test_no_blob_is_uploaded_twice(cli: Cli, registry: DockerRegistry, name: str):
+    """docker-registry refuses a manifest while another request stores a blob that it lists."""
+    tars = [layer_tar([Item(b"f%d" % n, content=noise(5000, n))]) for n in range(8)]
+    remote = registry.put(name, collect(image(*tars)))
+    registry.accesses()
+    cli.convert(remote, f"{registry.address}/{name}:snap", HTTP, "--jobs", 8)
+    found = [a.path.rpartition("digest=")[2] for a in registry.accesses() if a.method == "PUT"]
+    uploads = [digest for digest in found if digest.startswith("sha256")]
+    assert len(uploads) == len(set(uploads)) > 20
+
+
 def test_reuse_mounts_packs_of_another_repository(cli: Cli, registry: DockerRegistry, name: str):
     data = noise(2_000_000, 8)
     shared = layer_tar([Item(b"a", content=data)])
