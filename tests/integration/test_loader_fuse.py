@@ -41,7 +41,7 @@ def served(repository, tmp_path, *, erofs=True, readahead_max=0):
         server = FuseServer(fd, {attach.DEVICE_FILE: store.reader})
         try:
             server.start()
-            attach.tune_readahead(device)
+            attach.tune_readahead(device, attach.READ_AHEAD_LAZY_KB)
             if erofs:
                 assert attach.mount_erofs(device / attach.DEVICE_FILE, target).loop == ""
             yield store, device / attach.DEVICE_FILE, target
