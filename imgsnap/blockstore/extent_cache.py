@@ -205,8 +205,11 @@ class ExtentCache:
         and will be verified again.
         """
         rows = self.rows(offset, offset + len(view))
-        if not self.ready(rows):
-            return False
+        if self._state.count(VERIFIED, rows.start, rows.stop) == len(rows):
+            return self._fill(view, offset, rows)
+        return self._fill_verifying(view, offset, rows)
+
+    def _fill(self, view: memoryview, offset: int, rows: range) -> bool:
         try:
             # A regular file is short only at its end, so one call is enough.
             if os.preadv(self._data, (view,), offset) == len(view):
@@ -218,6 +221,34 @@ class ExtentCache:
                 if self._state[row] == VERIFIED:
                     self._state[row] = UNVERIFIED
         return False
+
+    def _fill_verifying(self, view: memoryview, offset: int, rows: range) -> bool:
+        """As `_fill` for chunks of which some are not verified yet.
+
+        Those that lie wholly in `view` are hashed there, which spares them a second copy.
+        """
+        state = self._state
+        inside: list[tuple[int, memoryview]] = []
+        for row in rows:
+            if state[row] == VERIFIED:
+                continue
+            start, size = self.place(row)
+            begin = start - offset
+            if begin < 0 or begin + size > len(view):
+                if not self._verify(row):
+                    return False
+            elif state[row] == ABSENT and not self._listed(row):
+                return False
+            else:
+                inside.append((row, view[begin : begin + size]))
+        if not self._fill(view, offset, rows):
+            return False
+        for row, content in inside:
+            if chunk_id(content) != self.extent.chunk_id(row):
+                # Damaged, or repaired by another thread after we read it.
+                return self._verify(row) and self.read_into(view, offset)
+            state[row] = VERIFIED
+        return True
 
     def store(self, row: int, data: bytes) -> bool:
         """Keeps a chunk whose hash the caller has verified. False when it cannot be kept."""

@@ -3,14 +3,12 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imgsnap.errors import InvalidArgument
-from imgsnap.oci.archive import DockerArchiveRepository, OciArchiveRepository
 from imgsnap.oci.auth import Authenticator
 from imgsnap.oci.connections import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ConnectionOptions
 from imgsnap.oci.credentials import CredentialSource
-from imgsnap.oci.layout import LayoutRepository
-from imgsnap.oci.local_reader import LocalReader
 from imgsnap.oci.reference import (
     DockerArchiveLocation,
     LayoutLocation,
@@ -19,10 +17,14 @@ from imgsnap.oci.reference import (
     RegistryLocation,
     StoreLocation,
 )
-from imgsnap.oci.registry import RegistryRepository
 from imgsnap.oci.repository import Repository
 from imgsnap.oci.retry import RetryPolicy
-from imgsnap.oci.transport import Transport
+
+if TYPE_CHECKING:
+    from imgsnap.oci.local_reader import LocalReader
+    from imgsnap.oci.registry import RegistryRepository
+
+# Each kind of repository is imported where it is opened: a mount pays for one of them only.
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +84,11 @@ def open_repository(
     Raises NotFound, InvalidReference for several images and no tag, InvalidArgument for
     `create` with an archive. The caller closes the repository.
     """
+    if isinstance(location, RegistryLocation):
+        return _open_registry(location, options, environ), location.reference
+    from imgsnap.oci.layout import LayoutRepository
+
     match location:
-        case RegistryLocation():
-            return _open_registry(location, options, environ), location.reference
         case StoreLocation():
             return LayoutRepository(store, create=create), location.reference
         case LayoutLocation() if create:
@@ -113,7 +117,10 @@ def reference_of(location: Location) -> str:
 
 def _open_registry(
     location: RegistryLocation, options: RegistryOptions, environ: Mapping[str, str]
-) -> RegistryRepository:
+) -> "RegistryRepository":
+    from imgsnap.oci.registry import RegistryRepository
+    from imgsnap.oci.transport import Transport
+
     credentials = CredentialSource(environ, options.registry_config)
     transport = Transport(
         location.registry,
@@ -127,7 +134,10 @@ def _open_registry(
 
 def _open_local(
     location: LayoutLocation | OciArchiveLocation | DockerArchiveLocation,
-) -> tuple[LocalReader, str]:
+) -> "tuple[LocalReader, str]":
+    from imgsnap.oci.archive import DockerArchiveRepository, OciArchiveRepository
+    from imgsnap.oci.layout import LayoutRepository
+
     repository: LocalReader
     named: str | None
     match location:
