@@ -52,7 +52,7 @@ def main() -> None:
     found.add_argument("--rate", default="100mbit", help="of the link, or none [100mbit]")
     found.add_argument("--rtt", default="10ms", help="round trip [10ms]")
     found.add_argument(
-        "--chunk-size", nargs="+", default=["256KiB"], help="one snapshot each [128KiB]"
+        "--chunk-size", nargs="+", default=["256KiB"], help="one snapshot each [256KiB]"
     )
     found.add_argument("--keep-page-caches", action="store_true", help="the node is not cold")
     arguments = found.parse_args()
