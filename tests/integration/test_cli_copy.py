@@ -1,10 +1,12 @@
 """push, pull, skopeo and ls: snapshots move between places with their bytes unchanged."""
 
+import hashlib
 import json
 import subprocess
 
 import pytest
 
+from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT, OCI_MANIFEST
 from tests.support.cli import Cli
 from tests.support.docker_registry import DockerRegistry
 from tests.support.image_builder import collect, image, write_layout
@@ -138,3 +140,20 @@ def test_what_cannot_be_copied(cli: Cli, registry: DockerRegistry, name: str, tm
     cli.fails(7, "push", HTTP, "store:app", remote)
     assert json.loads(cli.bytes_of("inspect", HTTP, "--raw", remote)) == before
     assert cli("ls", "-q").out == "store:app:latest\n"
+
+
+def test_oras_reads_what_we_publish(cli: Cli, registry: DockerRegistry, name: str):
+    """An independent OCI client finds the artefact's manifest and blobs as the spec has them."""
+    from oras.provider import Registry
+
+    remote = registry.put(name, collect(image(base_tar()), "1.0"))
+    snap = f"{registry.address}/{name}:snap"
+    cli.convert(remote, snap, HTTP)
+    client = Registry(insecure=True)
+    manifest = client.get_manifest(snap, allowed_media_type=[OCI_MANIFEST])
+    assert manifest["artifactType"] == ARTIFACT_SNAPSHOT
+    assert manifest["subject"]["mediaType"] == OCI_MANIFEST
+    for blob in [manifest["config"], *manifest["layers"]]:
+        content = client.get_blob(snap, blob["digest"]).content
+        assert "sha256:" + hashlib.sha256(content).hexdigest() == blob["digest"]
+        assert len(content) == blob["size"]
