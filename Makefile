@@ -3,7 +3,9 @@
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# make demo IMAGE=docker.io/library/nginx:1.27 CMD='nginx -v'
 IMAGE ?=
+CMD ?=
 
 .PHONY: setup demo test check bench fmt clean
 
@@ -14,7 +16,7 @@ $(VENV)/.installed: pyproject.toml scripts/setup
 	@touch $@
 
 demo: setup
-	$(PY) demo/demo.py $(if $(IMAGE),--image '$(IMAGE)')
+	$(PY) demo/demo.py $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),--command '$(CMD)')
 
 # The fast tier: no root, no network, no daemons; under a minute.
 check: setup

@@ -10,11 +10,13 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -31,7 +33,9 @@ from demo.link import Link  # noqa: E402
 
 STATE = ROOT / ".demo"
 SPEEDS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
-PULL_TIMEOUT_S = 900
+OUTPUT_TIMEOUT_S = 120
+PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+IN = 'root=$0; dir=$1; shift; exec unshare --root="$root" --wd="$dir" -- "$@"'
 
 
 @dataclass(frozen=True)
@@ -115,23 +119,51 @@ def drop_page_cache() -> bool:
 
 
 def first_output(command: list[str], env: dict[str, str] | None = None) -> tuple[float, str]:
-    """Seconds until the command's first line, and that line."""
+    """Seconds until the command's first line of output, and that line; then it is ended."""
     started = time.monotonic()
     process = subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=env,
+        errors="replace",
     )
     assert process.stdout is not None
-    assert process.stderr is not None
-    line = process.stdout.readline()
-    seconds = time.monotonic() - started
-    errors = process.stderr.read()
-    process.stdout.close()
-    if process.wait() or not line:
-        raise SystemExit(f"error: {command[0]} failed:\n{errors[-3000:]}")
+    overdue = threading.Timer(OUTPUT_TIMEOUT_S, process.terminate)
+    overdue.start()
+    try:
+        line = process.stdout.readline()
+        seconds = time.monotonic() - started
+        failed = not line or line.startswith("error:")
+        rest = process.stdout.read() if failed else ""
+    finally:
+        overdue.cancel()
+        _end(process)
+    if failed:
+        raise SystemExit(
+            f"error: no output from {' '.join(command[-3:])}\n{line}{rest[-2000:]}"
+            "hint: name a command that prints something: make demo IMAGE=… CMD='nginx -v'"
+        )
     return seconds, line.strip()
 
 
-def start_pulled(reference: str, work: Path, server: Registry, link: Link) -> Start:
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Lets a short program end by itself, ends a server, and reads what they still say."""
+    try:
+        process.communicate(timeout=2)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        try:
+            process.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+
+
+def start_pulled(
+    reference: str, override: list[str], work: Path, server: Registry, link: Link
+) -> Start:
     """skopeo copies every layer, umoci unpacks them, the program runs in the result."""
     before, received = server.requests(), link.received
     started = time.monotonic()
@@ -139,11 +171,16 @@ def start_pulled(reference: str, work: Path, server: Registry, link: Link) -> St
     run("skopeo", "copy", "--quiet", "--insecure-policy", "--src-tls-verify=false",
         f"docker://{reference}", f"oci:{layout}:{TAG}")  # fmt: skip
     run("umoci", "unpack", "--image", f"{layout}:{TAG}", bundle)
-    config = json.loads((bundle / "config.json").read_text())["process"]
     unpacked = time.monotonic() - started
-    environment = dict(item.split("=", 1) for item in config["env"])
-    command = ["env", "-i", *(f"{k}={v}" for k, v in environment.items()), *config["args"]]
-    seconds, output = first_output(["chroot", str(bundle / "rootfs"), *command])
+    image = json.loads(run("skopeo", "inspect", "--config", f"oci:{layout}:{TAG}"))["config"]
+    arguments = (image.get("Entrypoint") or []) + (override or image.get("Cmd") or [])
+    environment = ["env", "-i", PATH, *(image.get("Env") or [])]
+    directory = image.get("WorkingDir") or "/"
+    shell = (
+        f'mount -t tmpfs tmpfs "$0/dev" && cp -a /dev/null /dev/zero /dev/urandom "$0/dev" && {IN}'
+    )
+    command = ["unshare", "--mount", "sh", "-c", shell, str(bundle / "rootfs"), directory]
+    seconds, output = first_output([*command, *environment, *arguments])
     return Start(
         "pull, unpack, run",
         unpacked + seconds,
@@ -154,10 +191,16 @@ def start_pulled(reference: str, work: Path, server: Registry, link: Link) -> St
 
 
 def start_snapshot(
-    title: str, reference: str, server: Registry, link: Link, env: dict[str, str]
+    title: str,
+    reference: str,
+    override: list[str],
+    server: Registry,
+    link: Link,
+    env: dict[str, str],
 ) -> Start:
     before, received = server.requests(), link.received
-    seconds, output = first_output([*imgsnap(), "run", "--plain-http", reference], env)
+    command = [*imgsnap(), "run", "--plain-http", reference]
+    seconds, output = first_output([*command, *(["--", *override] if override else [])], env)
     return Start(title, seconds, server.requests() - before, link.received - received, output)
 
 
@@ -220,6 +263,7 @@ def convert(repository: str, env: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--image", help="any image instead of the demo's own")
+    parser.add_argument("--command", default="", help="instead of the image's own")
     parser.add_argument("--rate", default="100mbit", help="of the link, or none [100mbit]")
     parser.add_argument("--rtt-ms", type=float, default=10.0, help="round trip [10]")
     arguments = parser.parse_args()
@@ -239,7 +283,8 @@ def main() -> None:
             repository = obtain_image(arguments.image, server)
             convert(repository, env)
             with Link(server.port, rate, arguments.rtt_ms / 1000) as link:
-                starts = compare(f"127.0.0.1:{link.port}/demo", work, server, link, env)
+                override = shlex.split(arguments.command)
+                starts = compare(f"127.0.0.1:{link.port}/demo", override, work, server, link, env)
     say(
         f"\nover a link of {arguments.rate} and {arguments.rtt_ms:g} ms; output: {starts[1].output}"
     )
@@ -247,16 +292,23 @@ def main() -> None:
 
 
 def compare(
-    repository: str, work: Path, server: Registry, link: Link, env: dict[str, str]
+    repository: str,
+    override: list[str],
+    work: Path,
+    server: Registry,
+    link: Link,
+    env: dict[str, str],
 ) -> list[Start]:
     say("starting its program: pulled and unpacked; from the snapshot, cold; and again")
-    starts = [start_pulled(f"{repository}:{TAG}", work, server, link)]
+    starts = [start_pulled(f"{repository}:{TAG}", override, work, server, link)]
     if not drop_page_cache():
         say("(the page cache cannot be dropped here: figures are warmer than they should be)")
     shutil.rmtree(work / "cache", ignore_errors=True)
     snapshot = f"{repository}:snapshot"
-    starts.append(start_snapshot("imgsnap run, nothing cached", snapshot, server, link, env))
-    starts.append(start_snapshot("imgsnap run, once more", snapshot, server, link, env))
+    starts.append(
+        start_snapshot("imgsnap run, nothing cached", snapshot, override, server, link, env)
+    )
+    starts.append(start_snapshot("imgsnap run, once more", snapshot, override, server, link, env))
     return starts
 
 
