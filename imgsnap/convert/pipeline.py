@@ -248,7 +248,8 @@ class Conversion:
             for layer in missing:
                 built, tar = spooled.pop(layer.diff_id).result()
                 packed = self._pack(layer, built, tar)
-                future = self._transfer.submit(self._publish, layer, built, packed)
+                earlier = [item.artifact for item in published]
+                future = self._transfer.submit(self._publish, layer, built, packed, earlier)
                 self._running.append(future)
                 published.append(_Publishing(layer, packed, future))
         except Exception:
@@ -301,8 +302,18 @@ class Conversion:
         tar.unlink()
         return packed
 
-    def _publish(self, layer: LayerSource, built: BuiltLayer, packed: PackedLayer) -> LayerArtifact:
-        """Stores packs and artefact; runs on the transfer pool."""
+    def _publish(
+        self,
+        layer: LayerSource,
+        built: BuiltLayer,
+        packed: PackedLayer,
+        earlier: Sequence[Future[LayerArtifact]],
+    ) -> LayerArtifact:
+        """Stores packs and artefact; runs on the transfer pool.
+
+        Packs of several layers are stored at once, but an artefact may name packs of layers below
+        it, so it waits for theirs: those tasks were submitted before, so they are under way.
+        """
         self._progress.stage(layer.label, "upload", packed.new_bytes)
         for pack in packed.new_packs:
             self._check_stop()
@@ -310,6 +321,8 @@ class Conversion:
             pack.path.unlink(missing_ok=True)
             self._progress.advance(layer.label, pack.ref.size)
         self._prepare_target()
+        for artifact_below in earlier:
+            artifact_below.result()
         artifact = publish_artifact(self._target, built.index, packed)
         self._progress.done(layer.label, f"{packed.new_bytes >> 10} KiB new")
         return artifact
