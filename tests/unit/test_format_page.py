@@ -2,12 +2,15 @@
 
 import re
 import struct
+import zlib
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from imgsnap.blockstore.extent_cache import PresenceHeader
-from imgsnap.blockstore.node_cache import FOOTER
+from imgsnap.blockstore.node_cache import FOOTER, NodeCache
+from imgsnap.digest import sha256_digest
 from imgsnap.formats import chunk_map_codec
 from imgsnap.formats.rules import Rules
 
@@ -55,3 +58,20 @@ def test_the_rules_text_is_the_default_one() -> None:
 def test_limits_in_the_chunk_map_table() -> None:
     limits = re.findall(r"at most (\d+)", PAGE)
     assert {str(chunk_map_codec.EXTENTS_MAX), str(chunk_map_codec.PACKS_MAX)} <= set(limits)
+
+
+def test_golden_bytes_of_the_cache_records(tmp_path: Path) -> None:
+    """Written by hand from the page."""
+    header = PresenceHeader(chunk_count=3, total_blocks=70, extent_id="ab" * 32)
+    body = "494d47534e505052" "0100" "0000" "03000000" "46000000" + "ab" * 32 + "00" * 8  # fmt: skip
+    crc = zlib.crc32(bytes.fromhex(body)).to_bytes(4, "little").hex()
+    assert header.pack().hex() == body + crc
+    assert PresenceHeader.parse(bytes.fromhex(body + crc)) == header
+
+    region = bytes(4096)
+    digest = sha256_digest(region)
+    NodeCache(tmp_path).store_metadata(digest, region).close()
+    (file,) = tmp_path.glob("*/metadata/*")
+    footer = blake3(region).hexdigest() + "0010000000000000" + b"ISMD".hex()
+    crc = zlib.crc32(bytes.fromhex(footer)).to_bytes(4, "little").hex()
+    assert file.read_bytes()[4096:].hex() == footer + crc
