@@ -44,7 +44,7 @@ def actual(record: struct.Struct) -> list[tuple[int, int]]:
         ("Chunk map extent record", chunk_map_codec._EXTENT),
         ("Chunk map pack record", chunk_map_codec._PACK),
         ("Presence map", PresenceHeader.STRUCT),
-        ("Metadata footer", FOOTER),
+        ("Cache footer", FOOTER),
     ],
 )
 def test_offset_tables(heading: str, record: struct.Struct) -> None:
@@ -63,7 +63,7 @@ def test_limits_in_the_chunk_map_table() -> None:
 def test_golden_bytes_of_the_cache_records(tmp_path: Path) -> None:
     """Written by hand from the page."""
     header = PresenceHeader(chunk_count=3, total_blocks=70, extent_id="ab" * 32)
-    body = "494d47534e505052" "0100" "0000" "03000000" "46000000" + "ab" * 32 + "00" * 8  # fmt: skip
+    body = "494d47534e505052" + "01000000" + "03000000" + "46000000" + "ab" * 32 + "00" * 8
     crc = zlib.crc32(bytes.fromhex(body)).to_bytes(4, "little").hex()
     assert header.pack().hex() == body + crc
     assert PresenceHeader.parse(bytes.fromhex(body + crc)) == header
@@ -72,6 +72,6 @@ def test_golden_bytes_of_the_cache_records(tmp_path: Path) -> None:
     digest = sha256_digest(region)
     NodeCache(tmp_path).store_metadata(digest, region).close()
     (file,) = tmp_path.glob("*/metadata/*")
-    footer = blake3(region).hexdigest() + "0010000000000000" + b"ISMD".hex()
+    footer = blake3(region).hexdigest() + "0010000000000000" + b"ISDC".hex()
     crc = zlib.crc32(bytes.fromhex(footer)).to_bytes(4, "little").hex()
     assert file.read_bytes()[4096:].hex() == footer + crc
