@@ -7,7 +7,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from harness.library import open_places
+from harness.product import open_places
 from imgsnap.blockstore.materialise import materialise
 
 

@@ -17,7 +17,7 @@ import blake3
 import urllib3
 import zstandard
 
-from harness.library import open_places
+from harness.product import open_places
 from imgsnap.mount import server_process
 from imgsnap.mount.session import mount_snapshot, unmount
 from imgsnap.oci import locate
