@@ -8,6 +8,8 @@ Used by many worker threads at once. The rules that matter:
 * A blob's redirect target is remembered for a short time, so that the next range needs one
   round trip; a target that refuses is forgotten and resolved anew once.
 * 429, 5xx and broken connections are retried under `RetryPolicy`; 401 renews the token once.
+* A registry that has not answered through all retries of a request is away: until it answers again
+  each request tries once, so that the next reader does not wait as long for the same news.
 * Answers are never decompressed: digests are of the bytes as stored.
 """
 
@@ -23,6 +25,7 @@ from imgsnap.oci.auth import TOKEN_ANSWER_MAX, Authenticator, TokenRequest
 from imgsnap.oci.connections import ConnectionOptions, Connections
 from imgsnap.oci.http_errors import (
     ERROR_BODY_MAX,
+    RegistryUnavailable,
     connection_error,
     is_plain_text_answer,
     parse_refusal,
@@ -69,6 +72,7 @@ class Transport:
         self._host = DOCKER_HUB_WIRE if registry == DOCKER_HUB else registry
         self._plain_http = self._options.plain_http
         self._redirects = RedirectCache(self.retry.clock)
+        self._away = False
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 
@@ -88,7 +92,9 @@ class Transport:
         while True:
             try:
                 with self._send_authorized(request) as response:
-                    return consume(response)
+                    result = consume(response)
+                self._away = False
+                return result
             except Unavailable as error:
                 self._failed(attempts, error, request)
 
@@ -100,7 +106,9 @@ class Transport:
         attempts = Attempts(self.retry)
         while True:
             try:
-                return self._send_authorized(request)
+                response = self._send_authorized(request)
+                self._away = False
+                return response
             except Unavailable as error:
                 self._failed(attempts, error, request)
 
@@ -123,9 +131,14 @@ class Transport:
         self._connections.close()
 
     def _failed(self, attempts: Attempts, error: Unavailable, request: Request) -> None:
-        if not request.retry:
+        answered = isinstance(error, RegistryUnavailable) and error.refusal is not None
+        if not request.retry or (self._away and not answered):
             raise error
-        attempts.failed(error)
+        try:
+            attempts.failed(error)
+        except Unavailable:
+            self._away = not answered
+            raise
         self.stats.add("retries")
         _log.debug("retrying %s %s: %s", request.method, redact(request.target), error)
 

@@ -143,6 +143,27 @@ def test_no_listener_is_unavailable():
     assert caught.value.hint
 
 
+def test_a_registry_that_is_away_is_waited_for_once(registry):
+    time = FakeTime()
+    repository = repository_at(registry.host, NAME, time=time)
+    registry.switches.drop_times = 99
+    with pytest.raises(Unavailable):
+        repository.read_range(BLOB, 100, 50)
+    waited = len(time.slept)
+    assert waited > 1
+    for _ in range(3):
+        with pytest.raises(Unavailable):
+            repository.read_range(BLOB, 100, 50)
+    assert len(time.slept) == waited
+
+    registry.switches.drop_times = 0
+    assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    registry.switches.fail_times = 2  # it answers again, so it is worth waiting for again
+    assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    assert len(time.slept) == waited + 2
+    repository.close()
+
+
 # Ranges and bodies
 
 
