@@ -52,15 +52,14 @@ def command(
 
 def _snapshots(place: "Repository", prefix: str) -> list[dict[str, Any]]:
     """A row per tag that holds a snapshot or an index of snapshots; other tags are left out."""
-    from imgsnap.convert.artifact import TAG_PREFIX
     from imgsnap.errors import FormatError, NotFound
     from imgsnap.oci.manifest import ImageIndex, parse_document
-    from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
+    from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT, LAYER_TAG_PREFIX
     from imgsnap.oci.transfer import total_size
 
     rows = []
     for tag in place.tags():
-        if tag.startswith(TAG_PREFIX):
+        if tag.startswith(LAYER_TAG_PREFIX):
             continue
         try:
             raw = place.manifest(tag)

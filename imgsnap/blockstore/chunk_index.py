@@ -31,19 +31,18 @@ _FORMAT = b"f2"  # a database without this key is of another version and is rebu
 
 
 class ChunkIndex:
-    """One repository's chunks. Holds an exclusive lock while open: RocksDB allows one process.
-
-    Raises Busy when `wait` is false and another process has it.
+    """One repository's chunks. Holds an exclusive lock while open, waiting for it: RocksDB
+    allows one process. Raises Busy when something other than imgsnap has the database open.
     """
 
-    def __init__(self, path: Path, *, wait: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         from rocksdict import AccessType, Options, Rdict
 
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(
             path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644
         )
-        self._acquire(path, wait)
+        self._acquire()
         options = Options(raw_mode=True)  # the default mode would unpickle what it reads
         options.create_if_missing(True)
         options.set_max_open_files(64)
@@ -54,13 +53,10 @@ class ChunkIndex:
             os.close(self._lock)
             raise
 
-    def _acquire(self, path: Path, wait: bool) -> None:
+    def _acquire(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if not wait:
-                os.close(self._lock)
-                raise Busy(f"{path}: another conversion uses this chunk index") from error
+        except BlockingIOError:
             log.warning("waiting for another conversion into the same target")
             fcntl.flock(self._lock, fcntl.LOCK_EX)
 

@@ -140,13 +140,6 @@ class ExtentCache:
         """Whether this process has already verified the chunk."""
         return self._state[row] == VERIFIED
 
-    def ready(self, rows: range) -> bool:
-        """Whether all these chunks can be read now; hashes those found on disk."""
-        state = self._state
-        if state.count(VERIFIED, rows.start, rows.stop) == len(rows):
-            return True
-        return all(state[row] == VERIFIED or self._verify(row) for row in rows)
-
     def missing(self, rows: range) -> list[int]:
         """Those of these chunks that have to be fetched; hashes those found on disk."""
         state = self._state

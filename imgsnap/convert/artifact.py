@@ -20,7 +20,6 @@ from imgsnap.oci.repository import Descriptor, RawManifest, Repository, Writable
 from imgsnap.units import MIB
 
 RECORD = "layer artefact"
-TAG_PREFIX = "imgsnap-layer-"
 DIFF_ID = "io.imgsnap.layer.diffid"
 RULES = "io.imgsnap.rules"
 EMPTY = b"{}"
@@ -40,7 +39,7 @@ class LayerArtifact:
 
 def layer_tag(diff_id: Digest, rules: Rules) -> str:
     """The tag of a layer's artefact; at most 87 of a tag's 128 characters."""
-    return f"{TAG_PREFIX}{rules.id}-{digest_hex(diff_id)}"
+    return f"{media_types.LAYER_TAG_PREFIX}{rules.id}-{digest_hex(diff_id)}"
 
 
 def find_artifact(repository: Repository, layer: LayerSource, rules: Rules) -> LayerArtifact | None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from imgsnap.blockstore.chunk_index import ChunkIndex
-from imgsnap.convert.artifact import RECORD, TAG_PREFIX, read_chunk_map
+from imgsnap.convert.artifact import RECORD, read_chunk_map
 from imgsnap.digest import ChunkId
 from imgsnap.errors import IntegrityError, NotFound
 from imgsnap.formats.chunk_map import ChunkMap, ChunkPlace, PackRef
@@ -32,7 +32,7 @@ def sync_chunk_index(repository: Repository, index: ChunkIndex) -> int:
     """
     new = {
         name: tag
-        for tag in repository.tags(TAG_PREFIX)
+        for tag in repository.tags(media_types.LAYER_TAG_PREFIX)
         if not index.has_artifact(name := artifact_name(repository, tag))
     }
     taken = 0

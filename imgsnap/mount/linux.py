@@ -130,15 +130,6 @@ def mount_points() -> Iterator[MountPoint]:
         )
 
 
-def mounted_at(target: Path) -> MountPoint | None:
-    """What is visible at `target`; None when it is no mount point."""
-    found = None
-    for point in mount_points():
-        if point.target == target:
-            found = point
-    return found
-
-
 def _unescape(field: bytes) -> bytes:
     """Undoes the kernel's octal escapes of blanks, tabs, newlines and backslashes."""
     first, *others = field.split(b"\\")

@@ -21,7 +21,6 @@ class RunConfig:
     env: tuple[str, ...] = ()  # NAME=VALUE
     working_dir: str = "/"
     user: str = ""  # "", "name", "uid", and either with ":group"
-    stop_signal: str = "SIGTERM"
 
 
 def parse_run_config(raw: bytes) -> RunConfig:
@@ -36,7 +35,6 @@ def parse_run_config(raw: bytes) -> RunConfig:
         env=tuple(item for item in _texts(value, "Env") if "=" in item[1:]),
         working_dir=directory if directory.startswith("/") else f"/{directory}",
         user=_text(value, "User"),
-        stop_signal=_text(value, "StopSignal") or "SIGTERM",
     )
 
 

@@ -24,7 +24,13 @@ from imgsnap.oci.manifest import (
     parse_index,
     referrer_descriptor,
 )
-from imgsnap.oci.media_types import INDEXES, MANIFESTS, OCI_INDEX, REF_NAME
+from imgsnap.oci.media_types import (
+    INDEXES,
+    LAYER_TAG_PREFIX,
+    MANIFESTS,
+    OCI_INDEX,
+    REF_NAME,
+)
 from imgsnap.oci.reference import DEFAULT_TAG
 from imgsnap.oci.registry_referrers import fallback_tag
 from imgsnap.oci.repository import MANIFEST_SIZE_MAX, ByteStream, Descriptor, RawManifest
@@ -32,8 +38,6 @@ from imgsnap.oci.repository import MANIFEST_SIZE_MAX, ByteStream, Descriptor, Ra
 REFERRERS_CACHED_MAX = 65_536
 """Parsed manifests remembered by digest; they cannot change under their digest."""
 NAMES_SHOWN_MAX = 10
-HIDDEN_PREFIX = "imgsnap-layer-"
-"""Names of the converter's per-layer artefacts, of no interest to a user who mistyped a name."""
 
 _log = logging.getLogger(__name__)
 
@@ -127,7 +131,7 @@ class LocalReader:
         Raises NotFound for an empty layout, InvalidReference when there are several images.
         """
         entries = self._index().manifests
-        names = [name for name in self.tags() if not name.startswith(HIDDEN_PREFIX)]
+        names = [name for name in self.tags() if not name.startswith(LAYER_TAG_PREFIX)]
         if DEFAULT_TAG in names:
             return DEFAULT_TAG
         images = [entry for entry in entries if not entry.artifact_type]
@@ -162,7 +166,7 @@ class LocalReader:
         for entry in self._index().manifests:
             if entry.annotations.get(REF_NAME) == reference:
                 return entry.digest
-        names = [name for name in self.tags() if not name.startswith(HIDDEN_PREFIX)]
+        names = [name for name in self.tags() if not name.startswith(LAYER_TAG_PREFIX)]
         entries = self._index().manifests
         if reference == DEFAULT_TAG and len(entries) == 1 and not names:
             # An unnamed image that is alone is what everyone means by the layout's name.

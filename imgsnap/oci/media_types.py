@@ -5,14 +5,10 @@ OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
 OCI_EMPTY = "application/vnd.oci.empty.v1+json"
 OCI_LAYER_TAR = "application/vnd.oci.image.layer.v1.tar"
-OCI_LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
-OCI_LAYER_ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
 
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 DOCKER_INDEX = "application/vnd.docker.distribution.manifest.list.v2+json"
 DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
-DOCKER_LAYER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
-DOCKER_LAYER_TAR = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_SCHEMA1 = frozenset(
     {
         "application/vnd.docker.distribution.manifest.v1+json",
@@ -35,6 +31,9 @@ IMAGE_CONFIGS = frozenset({OCI_CONFIG, DOCKER_CONFIG})
 
 MANIFEST_ACCEPT = ", ".join((OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_INDEX))
 """The Accept header of a manifest request; without it registries fall back to schema 1."""
+
+LAYER_TAG_PREFIX = "imgsnap-layer-"
+"""Tags of converted layers begin so; users never mean one of them."""
 
 REF_NAME = "org.opencontainers.image.ref.name"
 """The annotation that names an entry of an image layout's index.json (image-spec, annotations)."""
