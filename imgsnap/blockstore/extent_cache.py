@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from imgsnap.blockstore.node_cache import NodeCache, cache_error, remove_tree
-from imgsnap.blockstore.statistics import Statistics
+from imgsnap.blockstore.statistics import CacheCounts
 from imgsnap.digest import chunk_id
 from imgsnap.errors import FormatError, ImgsnapError
 from imgsnap.formats.chunk_map import ZERO_PACK, Extent
@@ -90,7 +90,7 @@ class ExtentCache:
     Safe for threads; other processes may use the same files.
     """
 
-    def __init__(self, extent: Extent, files: "_Files", statistics: Statistics) -> None:
+    def __init__(self, extent: Extent, files: "_Files", counts: CacheCounts) -> None:
         self.extent = extent
         self.id = files.extent_id
         self.size = extent.total_blocks << BLOCK_BITS
@@ -99,7 +99,7 @@ class ExtentCache:
         self._data = files.data
         self._map = files.present
         self._storing = files.storing
-        self._statistics = statistics
+        self._counts = counts
         self._warned = False
         self._lock = threading.Lock()
         known = os.pread(files.present, len(extent), PresenceHeader.SIZE)
@@ -165,7 +165,7 @@ class ExtentCache:
                 return True
             self._state[row] = ABSENT
             self._mark(row, _GONE)
-        self._statistics.cache_damage += 1
+        self._counts.damage += 1
         offset, size = self.place(row)
         _log.warning(
             "cached chunk %s is damaged (extent %s, bytes %d+%d); fetching it again",
@@ -288,9 +288,9 @@ class ExtentCache:
 class ExtentPool:
     """The extents this process has open: snapshots that share a layer share its cache."""
 
-    def __init__(self, cache: NodeCache, statistics: Statistics) -> None:
+    def __init__(self, cache: NodeCache) -> None:
+        self.counts = CacheCounts()
         self._cache = cache
-        self._statistics = statistics
         self._lock = threading.Lock()
         self._open: dict[str, tuple[ExtentCache, int]] = {}
 
@@ -301,7 +301,7 @@ class ExtentPool:
             known, users = self._open.get(extent_id, (None, 0))
             if known is None:
                 files = _open_files(self._cache, extent_id, extent)
-                known = ExtentCache(extent, files, self._statistics)
+                known = ExtentCache(extent, files, self.counts)
             self._open[extent_id] = (known, users + 1)
             return known
 

@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from imgsnap.blockstore.extent_cache import ExtentCache
+from imgsnap.blockstore.statistics import Statistics
 from imgsnap.digest import Digest
 from imgsnap.formats.chunk_map import ChunkMap, ChunkPlace, Extent
 from imgsnap.oci.repository import Descriptor, Repository
@@ -42,6 +43,7 @@ class ChunkSource:
     chunk_map: ChunkMap
     packs: Mapping[Digest, Descriptor]
     repository: Repository
+    statistics: Statistics  # of the snapshot that asks
 
     def place(self, row: int) -> ChunkPlace | None:
         return self.chunk_map.place(self.extent, row)

@@ -21,7 +21,7 @@ from imgsnap.blockstore.fetch_queue import (
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.pack_files import PackFiles
-from imgsnap.blockstore.statistics import FetchCounts, Statistics
+from imgsnap.blockstore.statistics import FetchCounts
 from imgsnap.digest import Digest, chunk_id
 from imgsnap.errors import DigestMismatch, ImgsnapError, IntegrityError, Unavailable
 from imgsnap.formats.frame import decompress_exact
@@ -39,12 +39,9 @@ _log = logging.getLogger(__name__)
 class Fetcher:
     """Threads are started when there is work for them, and are daemons."""
 
-    def __init__(
-        self, cache: NodeCache, statistics: Statistics, threads: int = DEFAULT_THREADS
-    ) -> None:
+    def __init__(self, cache: NodeCache, threads: int = DEFAULT_THREADS) -> None:
         self._threads_max = threads
         self._background_max = max(1, threads - RESERVED_THREADS)
-        self._statistics = statistics
         self._packs = PackFiles(cache)
         self._damage = RateLimit(_log)
         self._changed = threading.Condition()
@@ -198,7 +195,7 @@ class Fetcher:
         if data is None:
             try:
                 data = source.repository.read_range(pack, start, length)
-                self._count(taken.priority, length)
+                _count(source, taken.priority, length)
             except RangeUnsupported:
                 if not self._download(source, pack, taken):
                     return None
@@ -221,7 +218,7 @@ class Fetcher:
         try:
             _log.info("%s ignores ranges: fetching pack %s", source.repository.name, pack.digest)
             self._packs.download(source.repository, pack)
-            self._count(taken.priority, pack.size)
+            _count(source, taken.priority, pack.size)
         except Exception as error:
             failure = error
             raise
@@ -235,15 +232,6 @@ class Fetcher:
                 for task in waiting:
                     self._settle(task, None, failure)
         return True
-
-    def _count(self, priority: Priority, size: int) -> None:
-        counts = self._counts(priority)
-        counts.requests += 1
-        counts.bytes += size
-
-    def _counts(self, priority: Priority) -> FetchCounts:
-        statistics = self._statistics
-        return (statistics.demand, statistics.readahead, statistics.prefetch)[priority]
 
     # One chunk -------------------------------------------------------------------------------
 
@@ -261,7 +249,7 @@ class Fetcher:
         try:
             data = _decode(task, frame)
         except IntegrityError as error:
-            self._statistics.source_damage += 1
+            task.source.statistics.source_damage += 1
             what = task.source.describe(task.row)
             self._damage.log(logging.WARNING, "%s is damaged, asking again: %s", what, error)
             self._retry(task, pack)
@@ -280,7 +268,7 @@ class Fetcher:
                 return
             data = _decode(task, memoryview(frame))
         except IntegrityError as error:
-            self._statistics.source_damage += 1
+            task.source.statistics.source_damage += 1
             what = task.source.describe(task.row)
             self._settle(task, None, IntegrityError(f"{what} is damaged in the store: {error}"))
         except (ImgsnapError, OSError) as error:
@@ -292,12 +280,12 @@ class Fetcher:
         """Stores a verified chunk and tells everyone who waits for it."""
         kept: bytes | None = None
         if data is not None:
-            self._counts(task.priority).chunks += 1
+            _counts(task.source, task.priority).chunks += 1
             if not task.source.cache.store(task.row, data):
-                self._statistics.unstored += 1
+                task.source.statistics.unstored += 1
                 kept = data
         else:
-            self._statistics.failures += 1
+            task.source.statistics.failures += 1
             _log.debug("%s: %s", task.source.describe(task.row), error)
             if self._try_for_demand(task):
                 return
@@ -318,6 +306,17 @@ class Fetcher:
             self._queue.put_back([task])
             self._wake()
             return True
+
+
+def _count(source: ChunkSource, priority: Priority, size: int) -> None:
+    counts = _counts(source, priority)
+    counts.requests += 1
+    counts.bytes += size
+
+
+def _counts(source: ChunkSource, priority: Priority) -> FetchCounts:
+    statistics = source.statistics
+    return (statistics.demand, statistics.readahead, statistics.prefetch)[priority]
 
 
 def notify_all(batches: Sequence[Batch]) -> None:

@@ -65,19 +65,18 @@ class BlockReader:
         snapshot: Snapshot,
         pool: ExtentPool,
         fetcher: Fetcher,
-        statistics: Statistics,
         *,
         readahead_max: int = WINDOW_MAX,
         deadline_s: float = DEFAULT_DEADLINE_S,
     ) -> None:
         self.size = snapshot.size
-        self.statistics = statistics
+        self.statistics = Statistics()
         self._snapshot = snapshot
         self._metadata = snapshot.metadata.fileno()
         self._pool = pool
         self._fetcher = fetcher
         self._deadline_s = deadline_s
-        self._parts = _parts(snapshot, pool)
+        self._parts = _parts(snapshot, pool, self.statistics)
         self._bases = [part.base for part in self._parts]
         self._readahead = Readahead(self.size, readahead_max) if readahead_max else None
         self._complete = False
@@ -323,7 +322,7 @@ def _finish(
     return done + size
 
 
-def _parts(snapshot: Snapshot, pool: ExtentPool) -> list[_Part]:
+def _parts(snapshot: Snapshot, pool: ExtentPool, statistics: Statistics) -> list[_Part]:
     """The device's parts in order; acquires the extents."""
     parts = [_Part(0, snapshot.metadata_size, None)]
     try:
@@ -336,6 +335,7 @@ def _parts(snapshot: Snapshot, pool: ExtentPool) -> list[_Part]:
                 snapshot.chunk_map,
                 snapshot.manifest.packs,
                 snapshot.repository,
+                statistics,
             )
             base = stated.base_block * BLOCK_SIZE
             parts.append(_Part(base, base + extent.total_blocks * BLOCK_SIZE, source))

@@ -17,15 +17,24 @@ class FetchCounts:
 
 
 @dataclass(slots=True)
+class CacheCounts:
+    """What a process saw of the extent cache, which all its snapshots share."""
+
+    damage: int = 0  # cached chunks that failed verification
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
 class Statistics:
-    """Since the process started."""
+    """One snapshot's, since it was opened."""
 
     demand: FetchCounts = field(default_factory=FetchCounts)
     readahead: FetchCounts = field(default_factory=FetchCounts)
     prefetch: FetchCounts = field(default_factory=FetchCounts)
     hits: int = 0  # reads answered from verified local bytes
     misses: int = 0  # reads that waited for at least one chunk
-    cache_damage: int = 0  # cached chunks that failed verification
     source_damage: int = 0  # frames from the repository that failed verification
     unstored: int = 0  # chunks that could not be kept on disk
     failures: int = 0  # fetches that ended in an error

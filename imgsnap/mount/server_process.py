@@ -9,13 +9,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imgsnap.blockstore.extent_cache import ExtentPool
-from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, DEFAULT_THREADS, Fetcher
+from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, DEFAULT_THREADS
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.readahead import WINDOW_MAX
 from imgsnap.blockstore.reader import BlockReader
-from imgsnap.blockstore.snapshot import open_snapshot
-from imgsnap.blockstore.statistics import Statistics
+from imgsnap.blockstore.store import BlockStore, ReadOptions
 from imgsnap.errors import Busy, ImgsnapError
 from imgsnap.fuse.server import FuseServer
 from imgsnap.mount import attach, linux, teardown
@@ -103,7 +101,7 @@ class _Server:
         self._record = record
         self._records = records
         self._stack = ExitStack()
-        self._fetcher: Fetcher | None = None
+        self._store: BlockStore | None = None
 
     def __enter__(self) -> "_Server":
         self._stack.callback(teardown.remove_instance, self._record)
@@ -124,24 +122,19 @@ class _Server:
 
     def _open(self, open_repository: OpenRepository) -> BlockReader:
         options, stack = self._options, self._stack
-        cache = NodeCache(options.cache_dir)
         repository = open_repository()
         stack.callback(repository.close)
-        snapshot = open_snapshot(repository, options.reference, cache, platform=options.platform)
-        stack.callback(snapshot.close)
-        statistics = Statistics()
-        self._fetcher = Fetcher(cache, statistics, options.fetch_threads)
-        reader = BlockReader(
-            snapshot,
-            ExtentPool(cache, statistics),
-            self._fetcher,
-            statistics,
-            readahead_max=options.readahead_max,
-            deadline_s=options.read_deadline_s,
+        self._store = BlockStore(NodeCache(options.cache_dir), fetch_threads=options.fetch_threads)
+        device = self._store.open(
+            repository,
+            options.reference,
+            platform=options.platform,
+            options=ReadOptions(options.readahead_max, options.read_deadline_s),
         )
-        stack.callback(lambda: _log.info("statistics: %s", json.dumps(statistics.as_dict())))
-        stack.callback(reader.close)
-        stack.callback(self._fetcher.close)
+        reader, snapshot = device.reader, device.snapshot
+        stack.callback(lambda: _log.info("statistics: %s", json.dumps(reader.statistics.as_dict())))
+        stack.callback(device.close)
+        stack.callback(self._store.close)
         self._record = replace(
             self._record,
             repository=repository.name,
@@ -196,8 +189,8 @@ class _Server:
             if info is not None:
                 _log.info("ending on %s", signal.Signals(info.si_signo).name)
                 return
-            if self._fetcher is not None:
-                self._fetcher.expire()
+            if self._store is not None:
+                self._store.fetcher.expire()
 
 
 def _send(pipe: int, value: dict[str, object]) -> None:

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetcher import Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.reader import BlockReader
-from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
+from imgsnap.blockstore.snapshot import Snapshot
 from imgsnap.blockstore.statistics import Statistics
+from imgsnap.blockstore.store import BlockStore, ReadOptions
 from imgsnap.oci.repository import Repository
 
 
@@ -34,21 +34,12 @@ def open_store(
     deadline_s: float = 20.0,
 ) -> Iterator[OpenStore]:
     """Everything a server has; without readahead unless asked for, to keep request logs exact."""
-    cache = NodeCache(cache_dir)
-    statistics = Statistics()
-    snapshot = open_snapshot(repository, reference, cache)
-    fetcher = Fetcher(cache, statistics, threads)
-    reader = BlockReader(
-        snapshot,
-        ExtentPool(cache, statistics),
-        fetcher,
-        statistics,
-        readahead_max=readahead_max,
-        deadline_s=deadline_s,
-    )
+    store = BlockStore(NodeCache(cache_dir), fetch_threads=threads)
+    options = ReadOptions(readahead_max=readahead_max, deadline_s=deadline_s)
+    device = store.open(repository, reference, options=options)
+    reader = device.reader
     try:
-        yield OpenStore(reader, snapshot, fetcher, statistics, cache)
+        yield OpenStore(reader, device.snapshot, store.fetcher, reader.statistics, store.cache)
     finally:
-        fetcher.close()
-        reader.close()
-        snapshot.close()
+        store.close()
+        device.close()
