@@ -11,9 +11,9 @@ from imgsnap_cli.settings import Settings
 @click.pass_obj
 def command(settings: Settings, /, format_: str) -> None:
     """List the mounted snapshots of this machine."""
-    from imgsnap.node.session import mounts
+    from imgsnap.node.client import mounts
 
-    records = mounts(settings.run)
+    found = mounts(settings.run)
     if format_ == "json":
         print_json(
             {
@@ -25,10 +25,11 @@ def command(settings: Settings, /, format_: str) -> None:
                         "digest": record.manifest_digest,
                         "writable": record.read_write,
                         "pid": record.server_pid,
-                        "alive": record.server.alive,
+                        "alive": alive,
+                        "daemon": record.by_daemon,
                         "created": record.created,
                     }
-                    for record in records
+                    for record, alive in found
                 ]
             }
         )
@@ -40,8 +41,8 @@ def command(settings: Settings, /, format_: str) -> None:
                 record.target,
                 f"{record.repository}@{record.manifest_digest[:19]}",
                 "rw" if record.read_write else "ro",
-                str(record.server_pid) if record.server.alive else "dead",
+                ("daemon" if record.by_daemon else str(record.server_pid)) if alive else "dead",
             )
-            for record in records
+            for record, alive in found
         ],
     )
