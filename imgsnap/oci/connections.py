@@ -7,10 +7,11 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from imgsnap.errors import InvalidArgument
+from imgsnap.oci.cancellation import watch_current
 from imgsnap.oci.reference import is_loopback
 
 if TYPE_CHECKING:
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 15.0
 READ_TIMEOUT_S = 60.0
 """Between two packets; a stalled transfer is then resumed elsewhere in the room."""
-POOL_SIZE = 16
-"""Idle connections kept per host: as many as the fetcher has worker threads."""
+RANGE_TIMEOUT_S = 15.0
+"""As READ_TIMEOUT_S for ranges of blobs: short enough that a read outlives one stalled transfer."""
+POOL_SIZE = 32
+"""Idle connections kept per host: as many as the fetcher has ranges in flight at most."""
 SEND_BLOCK_SIZE = 256 << 10
 """Bytes per read of an upload's file; urllib3's default of 16 KiB costs 16 times the calls."""
 
@@ -107,6 +110,14 @@ class Connections:
                 self._managers[proxy] = self._make(proxy)
             return self._managers[proxy]
 
+    def timeout(self, read_s: float) -> "urllib3.Timeout":
+        """A request's own limit of silence, where it is shorter than the connection's."""
+        import urllib3
+
+        options = self._options
+        read_s = min(read_s, options.read_timeout_s)
+        return urllib3.Timeout(connect=options.connect_timeout_s, read=read_s)
+
     def close(self) -> None:
         """Closes idle connections; the object can be used again."""
         with self._lock:
@@ -118,7 +129,7 @@ class Connections:
         import urllib3
 
         options = self._options
-        settings = {
+        settings: dict[str, Any] = {
             "num_pools": 64,
             "maxsize": POOL_SIZE,
             "block": False,  # A thread that holds a stream may need a second connection.
@@ -132,17 +143,50 @@ class Connections:
         if options.insecure:
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         if proxy is None:
-            return urllib3.PoolManager(**settings)  # type: ignore[arg-type]
+            return _cancellable(urllib3.PoolManager(**settings))
         user = urlsplit(proxy)
         if user.username:
             pair = f"{user.username}:{user.password or ''}"
             settings["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=pair)
-        return urllib3.ProxyManager(proxy, **settings)  # type: ignore[arg-type]
+        return _cancellable(urllib3.ProxyManager(proxy, **settings))
 
     def _tls_context(self) -> "ssl.SSLContext":
         if self._tls is None:
             self._tls = _tls_context(self._options, self._ca_file)
         return self._tls
+
+
+def _cancellable(manager: "urllib3.PoolManager") -> "urllib3.PoolManager":
+    """Makes the manager's connections tell which socket their request waits on."""
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class Connection(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            watch_current(self.sock)
+
+        def request(self, *arguments: Any, **named: Any) -> None:
+            watch_current(self.sock)
+            super().request(*arguments, **named)
+
+    class SecureConnection(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            watch_current(self.sock)
+
+        def request(self, *arguments: Any, **named: Any) -> None:
+            watch_current(self.sock)
+            super().request(*arguments, **named)
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = SecureConnection
+
+    manager.pool_classes_by_scheme = {"http": Pool, "https": SecurePool}
+    return manager
 
 
 def _tls_context(options: ConnectionOptions, ca_file: Path | None) -> "ssl.SSLContext":

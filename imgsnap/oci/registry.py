@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote, urljoin
 
@@ -14,12 +15,13 @@ from imgsnap.digest import Digest, parse_digest, sha256_digest
 from imgsnap.errors import (
     DigestMismatch,
     FormatError,
-    InvalidArgument,
     LimitExceeded,
     Unavailable,
 )
 from imgsnap.oci import registry_upload
 from imgsnap.oci.auth import Scope
+from imgsnap.oci.cancellation import Cancellation
+from imgsnap.oci.connections import RANGE_TIMEOUT_S
 from imgsnap.oci.http_errors import RegistryUnavailable, redact
 from imgsnap.oci.http_message import Request, Response
 from imgsnap.oci.manifest import Document, describe, parse_document, parse_json_object
@@ -27,14 +29,16 @@ from imgsnap.oci.media_types import MANIFEST_ACCEPT
 from imgsnap.oci.redirects import same_origin
 from imgsnap.oci.reference import parse_tag
 from imgsnap.oci.registry_referrers import ReferrerLists
-from imgsnap.oci.registry_stream import BlobStream, check_range_answer
+from imgsnap.oci.registry_stream import BlobStream, RangeReader
 from imgsnap.oci.repository import (
     MANIFEST_SIZE_MAX,
     ByteStream,
     Descriptor,
-    RangeUnsupported,
+    RangeBytes,
+    RangeStream,
     RawManifest,
     Repository,
+    check_range,
 )
 from imgsnap.oci.transport import Transport
 
@@ -127,32 +131,39 @@ class RegistryRepository:
             stream.close()
 
     def read_range(self, descriptor: Descriptor, offset: int, length: int) -> bytes:
-        """Exactly bytes [offset, offset + length) of a blob; not verified.
+        """Exactly bytes [offset, offset + length) of a blob; not verified. See open_range."""
+        with self.open_range(descriptor, offset, length) as stream:
+            return stream.read(length)
 
-        Always a closed range, since some servers answer 416 to an open one. Raises
-        RangeUnsupported when the answer is another part than asked, or the whole blob (which is
-        then not read), and InvalidArgument for a range outside the blob.
+    @contextmanager
+    def open_range(
+        self,
+        descriptor: Descriptor,
+        offset: int,
+        length: int,
+        *,
+        cancellation: Cancellation | None = None,
+        second: bool = False,
+    ) -> Iterator[RangeStream]:
+        """Bytes [offset, offset + length) of a blob as they come in; not verified.
+
+        Raises RangeUnsupported when the answer is another part than asked, or the whole blob (which
+        is then not read), and InvalidArgument for a range outside the blob.
         """
-        if offset < 0 or length < 0 or offset + length > descriptor.size:
-            raise InvalidArgument(
-                f"bytes [{offset}, {offset + length}) of a blob of {descriptor.size}"
-            )
+        check_range(descriptor, offset, length)
         if length == 0:
-            return b""
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        request = self._blob_request(descriptor, headers, frozenset({200, 206}))
-
-        def consume(response: Response) -> bytes:
-            if response.status == 206:
-                check_range_answer(response, offset, length, descriptor)
-            elif length != descriptor.size:
-                raise RangeUnsupported(
-                    f"{redact(response.url)}: the server sends the whole blob for a range",
-                    hint="a pull-through cache does so until it holds the blob",
-                )
-            return response.exactly(length)
-
-        return self.transport.exchange(request, consume)
+            yield RangeBytes(self.transport.host, b"")
+            return
+        request = replace(
+            self._blob_request(descriptor, None, frozenset({200, 206})),
+            cancellation=cancellation,
+            timeout_s=RANGE_TIMEOUT_S,
+        )
+        stream = RangeReader(self.transport, request, descriptor, offset, length)
+        try:
+            yield stream
+        finally:
+            stream.close()
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Whether the registry has the blob.

@@ -17,11 +17,12 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from imgsnap.errors import AccessDenied, ImgsnapError, Unavailable
 from imgsnap.oci.auth import TOKEN_ANSWER_MAX, Authenticator, TokenRequest
+from imgsnap.oci.cancellation import Cancelled, covering
 from imgsnap.oci.connections import ConnectionOptions, Connections
 from imgsnap.oci.http_errors import (
     ERROR_BODY_MAX,
@@ -36,6 +37,9 @@ from imgsnap.oci.http_message import Body, Request, Response, TransportStats
 from imgsnap.oci.redirects import RedirectCache, same_origin
 from imgsnap.oci.reference import DOCKER_HUB, DOCKER_HUB_WIRE, is_loopback
 from imgsnap.oci.retry import Attempts, RetryPolicy, retry_after_s
+
+if TYPE_CHECKING:
+    from urllib3.response import BaseHTTPResponse
 
 REDIRECTS_MAX = 5
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
@@ -81,6 +85,11 @@ class Transport:
         """``scheme://host[:port]`` of the registry; loopback may turn from https to http once."""
         return f"{'http' if self._plain_http else 'https'}://{self._host}"
 
+    @property
+    def host(self) -> str:
+        """``host[:port]`` as it is connected to."""
+        return self._host
+
     def exchange(self, request: Request, consume: Callable[[Response], _Result]) -> _Result:
         """Sends a request and returns what `consume` makes of the answer.
 
@@ -88,7 +97,7 @@ class Transport:
         called again when it raises something retryable. Raises the errors of http_errors for
         every other status.
         """
-        attempts = Attempts(self.retry)
+        attempts = Attempts(self.retry, request.cancellation)
         while True:
             try:
                 with self._send_authorized(request) as response:
@@ -96,21 +105,20 @@ class Transport:
                 self._away = False
                 return result
             except Unavailable as error:
-                self._failed(attempts, error, request)
+                self.failed(attempts, error, request)
 
     def open(self, request: Request) -> Response:
         """Sends a request and returns the open answer; the caller closes it and reads the body.
 
-        Retries end with the headers: what breaks later is the caller's to resume.
+        Retries end with the headers: what breaks later is the caller's to resume. It tells of the
+        body by `answered` and `failed`.
         """
-        attempts = Attempts(self.retry)
+        attempts = Attempts(self.retry, request.cancellation)
         while True:
             try:
-                response = self._send_authorized(request)
-                self._away = False
-                return response
+                return self._send_authorized(request)
             except Unavailable as error:
-                self._failed(attempts, error, request)
+                self.failed(attempts, error, request)
 
     def resolve_upload(self, location: str, base: str) -> str:
         """The absolute URL of an upload session from its Location header (often relative).
@@ -130,7 +138,14 @@ class Transport:
         """Closes idle connections."""
         self._connections.close()
 
-    def _failed(self, attempts: Attempts, error: Unavailable, request: Request) -> None:
+    def answered(self) -> None:
+        """Bytes of a body have come: the registry is not away."""
+        self._away = False
+
+    def failed(self, attempts: Attempts, error: Unavailable, request: Request) -> None:
+        """Waits before the request is tried again, or raises `error` when there is no use."""
+        if isinstance(error, Cancelled):
+            raise error
         answered = isinstance(error, RegistryUnavailable) and error.refusal is not None
         if not request.retry or (self._away and not answered):
             raise error
@@ -225,7 +240,7 @@ class Transport:
         if authorization is not None:
             headers["Authorization"] = authorization
         try:
-            return self._raw_send(request.method, url, headers, request.body)
+            return self._raw_send(request, url, headers)
         except ImgsnapError:
             raise
         except Exception as error:
@@ -236,6 +251,8 @@ class Transport:
                 )
             if not _is_connection_failure(error):
                 raise
+            if request.cancellation is not None:
+                request.cancellation.check()
             self.stats.add("connection_errors")
             raise connection_error(
                 error, method=request.method, url=url, plain_http=url.startswith("http:")
@@ -250,24 +267,31 @@ class Transport:
         self._plain_http = True
         return True
 
-    def _raw_send(
-        self, method: str, url: str, headers: dict[str, str], body: Body | None
-    ) -> Response:
-        manager = self._connections.manager_for(url)
+    def _raw_send(self, request: Request, url: str, headers: dict[str, str]) -> Response:
+        cancellation = request.cancellation
+        if cancellation is not None:
+            cancellation.check()
         self.stats.add("requests")
+        with covering(cancellation):
+            raw = self._urlopen(request, url, headers)
+        self.stats.add(f"status_{raw.status}")
+        return Response(raw, url, self.stats, cancellation)
+
+    def _urlopen(self, request: Request, url: str, headers: dict[str, str]) -> "BaseHTTPResponse":
+        manager = self._connections.manager_for(url)
+        method, body = request.method, request.body
+        settings = dict(_STREAMED)
+        if request.timeout_s is not None:
+            settings["timeout"] = self._connections.timeout(request.timeout_s)
         if body is None:
             # POST without a body must still say so: some servers wait for one otherwise.
             extra = {"Content-Length": "0"} if method in ("POST", "PUT") else {}
-            raw = manager.urlopen(method, url, headers=headers | extra, redirect=False, **_STREAMED)
-        else:
-            with body.open() as stream:
-                length = {"Content-Length": str(body.size)}
-                raw = manager.urlopen(
-                    method, url, body=stream, headers=headers | length, redirect=False, **_STREAMED
-                )
-            self.stats.add("bytes_sent", body.size)
-        self.stats.add(f"status_{raw.status}")
-        return Response(raw, url, self.stats)
+            return manager.urlopen(method, url, headers=headers | extra, **settings)
+        with body.open() as stream:
+            length = {"Content-Length": str(body.size)}
+            raw = manager.urlopen(method, url, body=stream, headers=headers | length, **settings)
+        self.stats.add("bytes_sent", body.size)
+        return raw
 
     def _fetch_token(self, token: TokenRequest) -> bytes:
         secret = token.form is not None or "Authorization" in token.headers
@@ -288,7 +312,7 @@ class Transport:
                         raise self._refusal(response, request)
                     return response.body(TOKEN_ANSWER_MAX)
             except Unavailable as error:
-                self._failed(attempts, error, request)
+                self.failed(attempts, error, request)
 
     def _refusal(self, response: Response, request: Request) -> ImgsnapError:
         body = b""
@@ -309,7 +333,7 @@ class Transport:
                 _log.warning("%s warns: %s", self.registry, text[:1000])
 
 
-_STREAMED = {"preload_content": False, "decode_content": False}
+_STREAMED: dict[str, Any] = {"preload_content": False, "decode_content": False, "redirect": False}
 
 
 def _is_connection_failure(error: Exception) -> bool:

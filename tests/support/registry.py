@@ -38,6 +38,8 @@ class Switches:
     truncate_times: int = 0  # a shorter body with a Content-Length to match
     drop_times: int = 0  # closes the connection in the middle of a body
     drop_after: int = 10  # bytes sent before that
+    stall_times: int = 0  # sends nothing, …
+    stall_after: int | None = None  # … after these bytes of the body; None: not even headers
     corrupt: set[str] = field(default_factory=set)  # digests whose bytes are wrong
     redirect_blobs: bool = False  # to signed URLs on another host: GHCR, ECR, Docker Hub
     redirect_uses: int | None = None  # a signed URL dies after so many requests
@@ -121,6 +123,8 @@ class ScriptedRegistry:
         self._sessions: dict[str, bytes] = {}
         self._tokens: dict[str, int] = {}
         self._signed: dict[str, tuple[str, int, float]] = {}
+        self.stalled = threading.Semaphore(0)  # released once per stall
+        self._closing = threading.Event()
         self._tls = tls
         self._servers = [self._server("registry"), self._server("storage")]
         self._threads: list[threading.Thread] = []
@@ -186,6 +190,7 @@ class ScriptedRegistry:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closing.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -537,7 +542,7 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             )
             switches = registry.switches
-            body_sent, dropped = answer.body, False
+            body_sent, dropped, stalled = answer.body, False, False
             is_blob = self.command == "GET" and answer.headers.get("Content-Type") == (
                 "application/octet-stream"
             )
@@ -547,9 +552,33 @@ class _Handler(BaseHTTPRequestHandler):
             elif is_blob and switches.drop_times > 0:
                 switches.drop_times -= 1
                 dropped = True
-        self._send(answer, body_sent, dropped, switches)
+            elif is_blob and switches.stall_times > 0:
+                switches.stall_times -= 1
+                stalled = True
+        if stalled and switches.stall_after is None:
+            self._stall()
+            return
+        self._send(answer, body_sent, dropped, switches, stalled)
 
-    def _send(self, answer: Answer, body: bytes, dropped: bool, switches: Switches) -> None:
+    def _stall(self) -> None:
+        """Holds the connection until the client closes it, the registry ends, or time is up."""
+        self.scripted.stalled.release()
+        self.close_connection = True
+        self.connection.settimeout(0.05)
+        for _ in range(600):
+            if self.scripted._closing.is_set():
+                return
+            try:
+                self.connection.recv(1)
+                return
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+
+    def _send(
+        self, answer: Answer, body: bytes, dropped: bool, switches: Switches, stalled: bool = False
+    ) -> None:
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
@@ -561,6 +590,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if stalled:
+            self.wfile.write(body[: switches.stall_after])
+            self.wfile.flush()
+            self._stall()
             return
         if dropped:
             self.wfile.write(body[: switches.drop_after])
