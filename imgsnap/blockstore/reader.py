@@ -20,7 +20,9 @@ from imgsnap.units import BLOCK_SIZE
 READ_ATTEMPTS = 3
 """A chunk that is lost from the cache between its fetch and its use is fetched again this often."""
 WARM_BATCH = 256
-"""Chunks given to the prefetch queue at a time: some 32 MiB, enough to keep its threads busy."""
+"""Chunks given to the prefetch queue at a time: some 64 MiB of the device, 20 MiB of packs."""
+WARM_BATCHES = 5
+"""Batches queued at a time, so that more than the largest window is."""
 COMPLETE_CHECK_READS = 1024
 """How often the reader looks whether all chunks are here: a byte per chunk is counted."""
 _WAIT_MARGIN_S = 5.0
@@ -78,7 +80,9 @@ class BlockReader:
         self._deadline_s = deadline_s
         self._parts = _parts(snapshot, pool, self.statistics)
         self._bases = [part.base for part in self._parts]
-        self._readahead = Readahead(self.size, readahead_max) if readahead_max else None
+        self._readahead = (
+            Readahead(self.size, readahead_max, fetcher.window) if readahead_max else None
+        )
         self._complete = False
 
     @property
@@ -162,8 +166,7 @@ class BlockReader:
             size = sum(source.cache.place(row)[1] for row in rows)
             wanted = [(source, row) for row in source.cache.missing(rows)]
             pending.append((self._prefetch(wanted), size))
-            # One batch ahead, so that the threads never run dry at a batch's end.
-            while len(pending) > 1:
+            while len(pending) >= WARM_BATCHES:
                 done = _finish(pending, done, total, progress)
         while pending:
             done = _finish(pending, done, total, progress)
