@@ -30,6 +30,7 @@ _FLAGS = (
     click.option("--cert-file", metavar="FILE", type=click.Path(), help="Client certificate"),
     click.option("--key-file", metavar="FILE", type=click.Path(), help="Its key"),
     click.option("--registry-config", metavar="FILE", type=click.Path(), help="Credentials"),
+    click.option("--hosts-dir", metavar="DIR", type=click.Path(), help="Of hosts.toml files"),
     click.option("-H", "--header", "headers", metavar="K:V", multiple=True, help="Extra header"),
 )
 
@@ -110,7 +111,11 @@ class Places:
         headers = parse_headers(flags.pop("headers"))
         for name in ("ca_file", "cert_file", "key_file", "registry_config"):
             flags[name] = Path(flags[name]).absolute() if flags[name] else None
-        return RegistryOptions(headers=headers, **flags)
+        hosts_dir = flags.pop("hosts_dir")
+        flags["hosts_dir"] = Path(hosts_dir) if hosts_dir else self._settings.hosts
+        options = RegistryOptions(headers=headers, **flags)
+        options.connection_options()  # refused here, where the user sees it at once
+        return options
 
     def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
         """The snapshot that a reference names, through the node cache."""

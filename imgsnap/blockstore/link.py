@@ -15,8 +15,11 @@ from imgsnap.units import KIB, MIB
 
 FLIGHT_BYTES_MAX = 64 * MIB
 """Asked for and not yet here, in all, per block store: 0.5 s at 1 Gbit/s."""
-WINDOW_FIRST = 4 * MIB
-"""Before anything is known."""
+WINDOW_FIRST = 2 * MIB
+"""Before anything is known, and …"""
+WINDOW_FIRST_MAX = 16 * MIB
+RATE_FIRST = 50e6
+"""… as soon as the round trip is: two of them at this rate, up to WINDOW_FIRST_MAX."""
 WINDOW_MIN = 256 * KIB
 QUEUE_S = 0.1
 BACKGROUND_RANGE_MAX = 4 * MIB
@@ -37,7 +40,7 @@ class Link:
         self._round_trip_s: float | None = None
         self._measured_at = 0.0
         self._rates: deque[float] = deque(maxlen=RATE_SAMPLES)
-        self._interval_at = clock()
+        self._interval_at: float | None = None
         self._interval_bytes = 0
 
     @property
@@ -51,8 +54,8 @@ class Link:
         return max(self._rates, default=0.0)
 
     def started(self) -> None:
-        """Something is in flight again after nothing was: intervals begin anew."""
-        self._interval_at, self._interval_bytes = self._clock(), 0
+        """Something is in flight after nothing was: an interval begins with its first byte."""
+        self._interval_at = None
 
     def first_byte(self, seconds: float, *, quiet: bool) -> None:
         """A request's time to first byte; `quiet` when it found the pipe almost empty."""
@@ -61,8 +64,11 @@ class Link:
 
     def arrived(self, size: int, *, limited: bool) -> None:
         """Bytes have come; `limited` when more would have been asked for but for the window."""
-        self._interval_bytes += size
         now = self._clock()
+        if self._interval_at is None:
+            self._interval_at, self._interval_bytes = now, 0
+            return
+        self._interval_bytes += size
         seconds = now - self._interval_at
         if seconds < max(RATE_INTERVAL_S, self._round_trip_s or 0.0):
             return
@@ -74,8 +80,11 @@ class Link:
     @property
     def window(self) -> int:
         """How many background bytes may be in flight."""
-        if self._round_trip_s is None or not self._rates:
+        if self._round_trip_s is None:
             return WINDOW_FIRST
+        if not self._rates:
+            first = int(RATE_FIRST * 2 * self._round_trip_s)
+            return min(max(first, WINDOW_FIRST), WINDOW_FIRST_MAX)
         if self._old:
             return WINDOW_MIN
         wanted = self.rate * (2 * self._round_trip_s + QUEUE_S)

@@ -5,7 +5,7 @@ urllib3 and ssl cost about 0.1 s to import, so they are imported where the first
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -34,21 +34,24 @@ SEND_BLOCK_SIZE = 256 << 10
 class ConnectionOptions:
     """How to reach a registry. `headers` go to the registry itself, never to redirect targets.
 
+    `ca_file` is trusted instead of the system's authorities, `more_ca_files` beside them.
+    `client_pairs` are certificates with their keys, None for one file that holds both. `proxy`, if
+    any, replaces what the environment says.
+
     Raises InvalidArgument for options that contradict each other or name unsafe headers.
     """
 
     plain_http: bool = False
     insecure: bool = False
     ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
+    more_ca_files: tuple[Path, ...] = ()
+    client_pairs: tuple[tuple[Path, Path | None], ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
+    proxy: str = ""
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     read_timeout_s: float = READ_TIMEOUT_S
 
     def __post_init__(self) -> None:
-        if self.key_file is not None and self.cert_file is None:
-            raise InvalidArgument("--key-file without --cert-file")
         for name, value in self.headers:
             if not name.replace("-", "").isalnum() or not name.isascii():
                 raise InvalidArgument(f"{name[:100]!r} is not a header name")
@@ -56,6 +59,12 @@ class ConnectionOptions:
                 raise InvalidArgument(f"header {name}: the value is not printable ASCII")
             if name.lower() in ("cookie", "host", "content-length", "transfer-encoding", "range"):
                 raise InvalidArgument(f"header {name} cannot be set: the transport owns it")
+
+    def over(self, other: "ConnectionOptions") -> "ConnectionOptions":
+        """These options, and the other's wherever these say nothing."""
+        silent = ConnectionOptions()
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(other, **{name: v for name, v in said.items() if v != getattr(silent, name)})
 
 
 class Proxies:
@@ -104,7 +113,9 @@ class Connections:
     def manager_for(self, url: str) -> "urllib3.PoolManager":
         """The pool manager that requests for `url` go through."""
         parts = urlsplit(url)
-        proxy = self._proxies.url_for(parts.scheme, parts.hostname or "", parts.port)
+        proxy: str | None = self._options.proxy
+        if not proxy:
+            proxy = self._proxies.url_for(parts.scheme, parts.hostname or "", parts.port)
         with self._lock:
             if proxy not in self._managers:
                 self._managers[proxy] = self._make(proxy)
@@ -194,11 +205,13 @@ def _tls_context(options: ConnectionOptions, ca_file: Path | None) -> "ssl.SSLCo
 
     try:
         context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-        if options.cert_file is not None:
-            key = str(options.key_file) if options.key_file else None
-            context.load_cert_chain(str(options.cert_file), key)
+        for file in options.more_ca_files:
+            context.load_verify_locations(str(file))
+        for certificate, key in options.client_pairs:
+            context.load_cert_chain(str(certificate), str(key) if key else None)
     except (OSError, ssl.SSLError) as error:
-        files = [str(item) for item in (ca_file, options.cert_file, options.key_file) if item]
+        pairs = [item for pair in options.client_pairs for item in pair]
+        files = [str(item) for item in (ca_file, *options.more_ca_files, *pairs) if item]
         raise InvalidArgument(f"cannot load certificates from {', '.join(files)}: {error}") from (
             error
         )

@@ -54,7 +54,8 @@ _log = logging.getLogger(__name__)
 class RegistryRepository:
     """Implements WritableRepository over a Transport, which repositories may share.
 
-    `owns_transport`: close() closes the transport too. Thread safe.
+    `owns_transport`: close() closes the transport too. `scoped` is its name for token servers.
+    Thread safe.
     """
 
     def __init__(
@@ -63,7 +64,8 @@ class RegistryRepository:
         self.transport = transport
         self.repository = repository
         self._owns_transport = owns_transport
-        self._pull = Scope.pull(repository)
+        self.scoped = transport.endpoint.repository(repository)
+        self._pull = Scope.pull(self.scoped)
         self._referrers = ReferrerLists(self)
 
     @property

@@ -56,7 +56,7 @@ def mount(repository: "RegistryRepository", descriptor: Descriptor, source: str)
 
     Every refusal is False: the caller then copies, and meets the reason if it matters.
     """
-    scope = Scope.push(repository.repository) | Scope.pull(source)
+    scope = Scope.push(repository.scoped) | Scope.pull(source)
     query = urlencode({"mount": descriptor.digest, "from": source})
     request = Request(
         "POST", f"{repository.url('blobs', 'uploads/')}?{query}", scope, accept=_CREATED
@@ -84,7 +84,7 @@ def put_manifest(repository: "RegistryRepository", manifest: RawManifest, refere
     request = Request(
         "PUT",
         repository.url("manifests", reference),
-        Scope.push(repository.repository),
+        Scope.push(repository.scoped),
         headers={"Content-Type": descriptor.media_type},
         body=Body.of_bytes(manifest.raw),
         accept=_CREATED,
@@ -116,7 +116,7 @@ def _begin(repository: "RegistryRepository") -> str:
     request = Request(
         "POST",
         repository.url("blobs", "uploads/"),
-        Scope.push(repository.repository),
+        Scope.push(repository.scoped),
         accept=frozenset({202, 201, 200}),
     )
     _, location = repository.transport.exchange(request, _status_and_location)
@@ -132,7 +132,7 @@ def _put(
     request = Request(
         "PUT",
         f"{session}{separator}{urlencode({'digest': descriptor.digest})}",
-        Scope.push(repository.repository),
+        Scope.push(repository.scoped),
         headers={"Content-Type": "application/octet-stream"},
         body=body,
         accept=_CREATED,
@@ -143,9 +143,7 @@ def _put(
 
 def _cancel(repository: "RegistryRepository", location: str) -> None:
     url = repository.transport.resolve_upload(location, repository.transport.origin + "/")
-    request = Request(
-        "DELETE", url, Scope.push(repository.repository), accept=_CREATED, retry=False
-    )
+    request = Request("DELETE", url, Scope.push(repository.scoped), accept=_CREATED, retry=False)
     repository.transport.exchange(request, lambda response: response.read_up_to(65536))
 
 

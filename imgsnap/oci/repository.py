@@ -61,9 +61,11 @@ class ByteStream(Protocol):
 
 
 class RangeStream(Protocol):
-    """Part of a blob, being read from its start. `host` is who sends it, for the counters."""
+    """Part of a blob, being read from its start."""
 
-    host: str
+    @property
+    def host(self) -> str:
+        """Who sends it, for the counters."""
 
     def read(self, size: int) -> bytes:
         """Exactly `size` bytes as soon as they are here; fewer at the end of the part only.

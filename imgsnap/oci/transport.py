@@ -17,8 +17,9 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from urllib.parse import urlencode, urljoin, urlsplit, urlunsplit
 
 from imgsnap.errors import AccessDenied, ImgsnapError, Unavailable
 from imgsnap.oci.auth import TOKEN_ANSWER_MAX, Authenticator, TokenRequest
@@ -41,6 +42,7 @@ from imgsnap.oci.retry import Attempts, RetryPolicy, retry_after_s
 if TYPE_CHECKING:
     from urllib3.response import BaseHTTPResponse
 
+API = "/v2"
 REDIRECTS_MAX = 5
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 _TARGET_EXPIRED = frozenset({400, 401, 403, 404, 410})
@@ -51,10 +53,36 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a registry's API is served. `api` is the path in place of ``/v2``; `namespace` names
+    the registry to a mirror of several, in the query's ``ns``."""
+
+    host: str
+    api: str = API
+    namespace: str = ""
+
+    def url(self, origin: str, target: str) -> str:
+        """The absolute URL of a request's target."""
+        if not target.startswith(f"{API}/"):
+            return urljoin(origin, target)
+        url = f"{origin}{self.api}{target.removeprefix(API)}"
+        if self.namespace:
+            url += ("&" if "?" in url else "?") + urlencode({"ns": self.namespace})
+        return url
+
+    def repository(self, name: str) -> str:
+        """A repository's name in the words of the endpoint's token server: with the part of the
+        path that leads to it, such as Harbor's project of a proxy cache."""
+        prefix = self.api.partition(f"{API}/")[2]
+        return f"{prefix}/{name}" if prefix else name
+
+
 class Transport:
     """Requests to one registry. Thread safe; close() drops idle connections.
 
-    `registry` is the name in references (``docker.io``, ``host:port``).
+    `registry` is the name in references (``docker.io``, ``host:port``). A mirror of it has another
+    `endpoint`; credentials are then those for the mirror's host.
     """
 
     def __init__(
@@ -66,6 +94,7 @@ class Transport:
         environ: Mapping[str, str] | None = None,
         retry: RetryPolicy | None = None,
         stats: TransportStats | None = None,
+        endpoint: Endpoint | None = None,
     ) -> None:
         self.registry = registry
         self.retry = retry or RetryPolicy()
@@ -73,7 +102,9 @@ class Transport:
         self._authenticator = authenticator
         self._options = options or ConnectionOptions()
         self._connections = Connections(self._options, environ or {})
-        self._host = DOCKER_HUB_WIRE if registry == DOCKER_HUB else registry
+        wire = DOCKER_HUB_WIRE if registry == DOCKER_HUB else registry
+        self._endpoint = endpoint or Endpoint(wire)
+        self._host = self._endpoint.host
         self._plain_http = self._options.plain_http
         self._redirects = RedirectCache(self.retry.clock)
         self._away = False
@@ -84,6 +115,10 @@ class Transport:
     def origin(self) -> str:
         """``scheme://host[:port]`` of the registry; loopback may turn from https to http once."""
         return f"{'http' if self._plain_http else 'https'}://{self._host}"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._endpoint
 
     @property
     def host(self) -> str:
@@ -204,7 +239,7 @@ class Transport:
         return response
 
     def _follow(self, request: Request, authorization: str | None) -> Response:
-        url = urljoin(self.origin, request.target)
+        url = self._endpoint.url(self.origin, request.target)
         for _ in range(REDIRECTS_MAX + 1):
             header = authorization if same_origin(url, self.origin) else None
             response = self._send_once(request, url, header)

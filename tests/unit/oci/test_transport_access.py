@@ -15,6 +15,7 @@ from imgsnap.oci.auth import Scope
 from imgsnap.oci.connections import ConnectionOptions, Proxies
 from imgsnap.oci.http_errors import parse_refusal, redact, refusal_error
 from imgsnap.oci.http_message import Request
+from imgsnap.oci.locate import RegistryOptions
 from tests.support.oci_images import repository_at, transport_to
 from tests.support.registry import ScriptedRegistry
 from tests.unit.oci.reading import BLOB, DATA, NAME, read
@@ -185,7 +186,7 @@ def test_a_missing_certificate_file_is_named(tmp_path):
     with pytest.raises(InvalidArgument, match=r"none\.pem"):
         transport_to("r.example", options=options).open(Request("GET", "/v2/"))
     with pytest.raises(InvalidArgument):
-        ConnectionOptions(key_file=tmp_path / "key")
+        RegistryOptions(key_file=tmp_path / "key").connection_options()
 
 
 def test_proxies_are_chosen_as_curl_does():
