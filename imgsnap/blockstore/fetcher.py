@@ -117,29 +117,33 @@ class Fetcher:
 
     def _work_waits(self) -> bool:
         demand, *background = self._queue.waiting
-        if demand and self._flights.demand_room:
+        if demand and self._demand_room():
             return True
         return any(background) and bool(self._background_room())
 
+    def _demand_room(self) -> int:
+        return self._flights.demand_room if self._flights.count < self._threads_max else 0
+
     def _background_room(self) -> int:
-        if self._flights.background >= self._background_max:
+        if self._flights.background >= self._background_max or not self._demand_room():
             return 0
         return self._flights.background_room
 
-    def _add_thread(self) -> None:
-        if len(self._threads) < self._threads_max:
+    def _add_thread(self, more: int = 0) -> None:
+        if len(self._threads) < self._threads_max + more:
             thread = threading.Thread(target=self._run, name="fetch", daemon=True)
             self._threads.append(thread)
             thread.start()
 
     def _watch(self, due: float | None) -> None:
-        """Has a thread awake at `due` to hedge what is late by then."""
+        """Has a thread awake at `due` to hedge what is late by then: one that is idle, or one more
+        than have ranges, since those that hang may be all of them."""
         if due is None or due >= self._watched:
             return
         if self._idle:
             self._changed.notify()
         else:
-            self._add_thread()
+            self._add_thread(more=1)
 
     def expire(self) -> int:
         """Fails the batches whose deadline has passed; how many. Call it every few seconds."""
@@ -193,7 +197,7 @@ class Fetcher:
         with self._changed:
             while not self._closed:
                 taken = self._queue.take(
-                    demand=self._flights.demand_room, background=self._background_room()
+                    demand=self._demand_room(), background=self._background_room()
                 )
                 flight = self._flights.begin(taken) if taken else self._flights.take_late()
                 due = self._flights.next_late()

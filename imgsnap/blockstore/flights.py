@@ -76,6 +76,10 @@ class Flights:
         self._demanded = 0
         self._hedges = 0
 
+    @property
+    def count(self) -> int:
+        return len(self._flights)
+
     # Room ------------------------------------------------------------------------------------
 
     @property

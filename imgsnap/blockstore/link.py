@@ -20,12 +20,16 @@ WINDOW_FIRST = 2 * MIB
 WINDOW_FIRST_MAX = 16 * MIB
 RATE_FIRST = 50e6
 """… as soon as the round trip is: two of them at this rate, up to WINDOW_FIRST_MAX."""
+RATES_FIRST = 3
+"""Intervals before a low rate is believed: the first ones hold gaps of a pipe that fills."""
 WINDOW_MIN = 256 * KIB
 QUEUE_S = 0.1
+BACKGROUND_RANGE_MIN = 512 * KIB
 BACKGROUND_RANGE_MAX = 4 * MIB
 RANGES_PER_WINDOW = 4
 """The window is split among this many ranges, so that the link is busy while one is asked for."""
-RATE_INTERVAL_S = 0.1
+RATE_INTERVAL_S = 0.25
+"""Bytes are counted a frame at a time: shorter intervals would measure luck."""
 RATE_SAMPLES = 10
 ROUND_TRIP_LIFE_S = 15.0
 """The shortest time to first byte is believed so long. Then the pipe is drained for one sample:
@@ -82,18 +86,19 @@ class Link:
         """How many background bytes may be in flight."""
         if self._round_trip_s is None:
             return WINDOW_FIRST
-        if not self._rates:
-            first = int(RATE_FIRST * 2 * self._round_trip_s)
-            return min(max(first, WINDOW_FIRST), WINDOW_FIRST_MAX)
         if self._old:
             return WINDOW_MIN
         wanted = self.rate * (2 * self._round_trip_s + QUEUE_S)
-        return int(min(max(wanted, WINDOW_MIN), FLIGHT_BYTES_MAX))
+        least: float = WINDOW_MIN
+        if len(self._rates) < RATES_FIRST:
+            least = min(max(RATE_FIRST * 2 * self._round_trip_s, WINDOW_FIRST), WINDOW_FIRST_MAX)
+        return int(min(max(wanted, least), FLIGHT_BYTES_MAX))
 
     @property
     def background_range(self) -> int:
         """How much one background range may ask for."""
-        return min(max(self.window // RANGES_PER_WINDOW, WINDOW_MIN), BACKGROUND_RANGE_MAX)
+        size = self.window // RANGES_PER_WINDOW
+        return min(max(size, BACKGROUND_RANGE_MIN), BACKGROUND_RANGE_MAX)
 
     @property
     def _old(self) -> bool:

@@ -22,6 +22,8 @@ WINDOW_USUAL = 8 * MIB
 WINDOW_MAX = 256 * MIB
 """What it grows to on links that need it: 0.5 s at 1 Gbit/s, compressed to a third and a quarter
 of it asked for anew at a time."""
+GROWTH_LONG = 4
+"""A window grows so fast where it has far to go: each step costs a round trip there."""
 DEVICE_BYTES_PER_LINK_BYTE = 3
 """Packs are about a third of the device."""
 STREAMS_MAX = 32
@@ -86,10 +88,14 @@ class Readahead:
         return min(max(WINDOW_USUAL, link), self._window_max)
 
     def _advance(self, stream: _Stream) -> tuple[int, int] | None:
-        """Asks for the next piece when half of the window has been read."""
-        if stream.ahead - stream.next > stream.window // 2:
+        """Asks for the next piece when half of the window has been read; on a link that needs a
+        large one, when a quarter has."""
+        largest = self._largest()
+        long = largest > WINDOW_USUAL
+        if stream.ahead - stream.next > stream.window * (3 if long else 2) // 4:
             return None
-        stream.window = max(stream.window, min(stream.window * 2, self._largest()))
+        grown = stream.window * (GROWTH_LONG if long else 2)
+        stream.window = max(stream.window, min(grown, largest))
         start = max(stream.ahead, stream.next)
         stream.ahead = min(stream.next + stream.window, self._size)
         return (start, stream.ahead) if start < stream.ahead else None
