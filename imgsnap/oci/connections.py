@@ -5,6 +5,7 @@ urllib3 and ssl cost about 0.1 s to import, so they are imported where the first
 
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,14 +101,14 @@ class Proxies:
 
 
 class Connections:
-    """Makes and keeps urllib3 pools, one manager per proxy. Thread safe."""
+    """Makes and keeps urllib3 pools, one manager per proxy and kind of URL. Thread safe."""
 
     def __init__(self, options: ConnectionOptions, environ: Mapping[str, str]) -> None:
         self._options = options
         self._proxies = Proxies(environ)
         self._ca_file = options.ca_file or _path(environ.get("SSL_CERT_FILE"))
         self._lock = threading.Lock()
-        self._managers: dict[str | None, urllib3.PoolManager] = {}
+        self._managers: dict[tuple[str | None, bool], urllib3.PoolManager] = {}
         self._tls: ssl.SSLContext | None = None
 
     def manager_for(self, url: str) -> "urllib3.PoolManager":
@@ -116,10 +117,11 @@ class Connections:
         proxy: str | None = self._options.proxy
         if not proxy:
             proxy = self._proxies.url_for(parts.scheme, parts.hostname or "", parts.port)
+        secure = parts.scheme == "https" or (proxy or "").startswith("https:")
         with self._lock:
-            if proxy not in self._managers:
-                self._managers[proxy] = self._make(proxy)
-            return self._managers[proxy]
+            if (proxy, secure) not in self._managers:
+                self._managers[proxy, secure] = self._make(proxy, secure)
+            return self._managers[proxy, secure]
 
     def timeout(self, read_s: float) -> "urllib3.Timeout":
         """A request's own limit of silence, where it is shorter than the connection's."""
@@ -134,9 +136,13 @@ class Connections:
         with self._lock:
             managers, self._managers = list(self._managers.values()), {}
         for manager in managers:
+            keys = manager.pools.keys()
+            for key in keys:  # clear() alone leaves them to the garbage collector
+                with suppress(KeyError):
+                    manager.pools[key].close()
             manager.clear()
 
-    def _make(self, proxy: str | None) -> "urllib3.PoolManager":
+    def _make(self, proxy: str | None, secure: bool) -> "urllib3.PoolManager":
         import urllib3
 
         options = self._options
@@ -149,8 +155,9 @@ class Connections:
             "timeout": urllib3.Timeout(
                 connect=options.connect_timeout_s, read=options.read_timeout_s
             ),
-            "ssl_context": self._tls_context(),
         }
+        if secure:  # loading the authorities takes 30 ms
+            settings["ssl_context"] = self._tls_context()
         if options.insecure:
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         if proxy is None:

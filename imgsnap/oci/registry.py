@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
 from imgsnap.digest import Digest, parse_digest, sha256_digest
 from imgsnap.errors import (
@@ -26,7 +26,7 @@ from imgsnap.oci.http_errors import RegistryUnavailable, redact
 from imgsnap.oci.http_message import Request, Response
 from imgsnap.oci.manifest import Document, describe, parse_document, parse_json_object
 from imgsnap.oci.media_types import MANIFEST_ACCEPT
-from imgsnap.oci.redirects import same_origin
+from imgsnap.oci.redirects import absolute_url, same_origin
 from imgsnap.oci.reference import parse_tag
 from imgsnap.oci.registry_referrers import ReferrerLists
 from imgsnap.oci.registry_stream import BlobStream, RangeReader
@@ -269,8 +269,8 @@ def next_page(response: Response) -> str | None:
     match = _LINK.search(response.headers.get("link", "")[:16384])
     if not match:
         return None
-    target: str = urljoin(response.url, match[1])
-    if not same_origin(target, response.url):
+    target = absolute_url(response.url, match[1])
+    if target is None or not same_origin(target, response.url):
         raise Unavailable(f"{redact(response.url)}: the next page is on another server")
     return target
 

@@ -23,6 +23,7 @@ from imgsnap.errors import (
 from imgsnap.oci.auth import Scope
 from imgsnap.oci.http_errors import RegistryRejected, redact
 from imgsnap.oci.http_message import Body, Request, Response
+from imgsnap.oci.redirects import absolute_url
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.oci.retry import Attempts
 
@@ -159,7 +160,5 @@ def _status_and_location(response: Response) -> tuple[int, str]:
     location = response.headers.get("location", "")
     if location and not location.startswith(("http://", "https://", "/")):
         # Relative to the request's own path, which the caller no longer knows.
-        from urllib.parse import urljoin
-
-        location = urljoin(response.url, location)
+        location = absolute_url(response.url, location) or location
     return response.status, location

@@ -35,7 +35,7 @@ from imgsnap.oci.http_errors import (
     refusal_error,
 )
 from imgsnap.oci.http_message import Body, Request, Response, TransportStats
-from imgsnap.oci.redirects import RedirectCache, same_origin
+from imgsnap.oci.redirects import RedirectCache, absolute_url, same_origin
 from imgsnap.oci.reference import DOCKER_HUB, DOCKER_HUB_WIRE, is_loopback
 from imgsnap.oci.retry import Attempts, RetryPolicy, retry_after_s
 
@@ -161,10 +161,10 @@ class Transport:
         A registry behind a TLS proxy may name itself with http://; the request stays on https.
         Raises Unavailable when the answer names no http(s) URL.
         """
-        url = urljoin(base, location)
-        parts, here = urlsplit(url), urlsplit(base)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        url = absolute_url(base, location)
+        if url is None:
             raise Unavailable(f"{redact(base)}: the upload's Location {location[:200]!r} is no URL")
+        parts, here = urlsplit(url), urlsplit(base)
         if (parts.scheme, here.scheme) == ("http", "https") and parts.hostname == here.hostname:
             return urlunsplit(("https", here.netloc, parts.path, parts.query, ""))
         return url
@@ -254,13 +254,12 @@ class Transport:
         raise Unavailable(f"{request.method} {redact(url)}: more than {REDIRECTS_MAX} redirects")
 
     def _checked_redirect(self, base: str, location: str) -> str:
-        url = urljoin(base, location)
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        url = absolute_url(base, location)
+        if url is None:
             raise AccessDenied(
                 f"{redact(base)} redirects to {location[:200]!r}, not an http(s) URL"
             )
-        downgrade = parts.scheme == "http" and urlsplit(base).scheme == "https"
+        downgrade = url.startswith("http:") and urlsplit(base).scheme == "https"
         if downgrade and not self._options.insecure:
             raise AccessDenied(
                 f"{redact(base)} redirects from https to {redact(url)}",

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from imgsnap.errors import Unavailable
+from imgsnap.errors import AccessDenied, Unavailable
 from imgsnap.oci.cancellation import Cancellation, Cancelled
 from imgsnap.oci.connections import ConnectionOptions
 from tests.support.oci_images import repository_at
@@ -113,3 +113,19 @@ def test_a_wait_between_attempts_ends_when_it_is_given_up(registry, repository):
     with pytest.raises(Cancelled), repository.open_range(BLOB, 0, 9, cancellation=cancellation):
         pass
     assert len(asked(registry)) == 1
+
+
+@pytest.mark.parametrize(
+    "location", ["http://[", "http://h:99999/x", "https:///x", "gopher://h/", "http://h:0/"]
+)
+def test_a_redirect_to_nowhere_is_refused(registry, repository, location):
+    registry.switches.redirect_location = location
+    with pytest.raises(AccessDenied, match="not an http"):
+        repository.read_range(BLOB, 0, 10)
+
+
+@pytest.mark.parametrize("realm", ["http://[", "http://h:99999/", "file:///etc/passwd", "//h/"])
+def test_a_token_server_that_is_no_url_is_refused(registry, repository, realm):
+    registry.switches.auth, registry.switches.realm = "token", realm
+    with pytest.raises(AccessDenied, match="not an http"):
+        repository.read_range(BLOB, 0, 10)
