@@ -11,7 +11,7 @@ from imgsnap_cli.settings import Settings
 @click.pass_obj
 def command(settings: Settings, /, format_: str) -> None:
     """List the mounted snapshots of this machine."""
-    from imgsnap.mount.session import mounts
+    from imgsnap.node.session import mounts
 
     records = mounts(settings.run)
     if format_ == "json":

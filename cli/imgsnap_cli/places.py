@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
-    from imgsnap.mount.session import MountOptions
+    from imgsnap.node.session import MountOptions
+    from imgsnap.node.source import Source
     from imgsnap.oci.locate import RegistryOptions
     from imgsnap.oci.reference import Location
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
@@ -130,9 +131,10 @@ class Places:
 
     def mount_arguments(
         self, text: str, target: Path, platform: str | None, read_write: bool
-    ) -> "tuple[MountOptions, Callable[[], Repository]]":
+    ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
-        from imgsnap.mount.session import MountOptions
+        from imgsnap.node.session import MountOptions
+        from imgsnap.node.source import Source
         from imgsnap.oci.locate import reference_of
         from imgsnap.oci.reference import parse_location
 
@@ -145,8 +147,8 @@ class Places:
             platform=_platform(platform),
             read_write=read_write,
         )
-        self._registry_options()  # refused here, where the user sees it at once
-        return options, lambda: self._open(location, create=False)[0]
+        source = Source(_lasting(location), self._settings.store, self._registry_options())
+        return options, source, lambda found: found.open(self._settings.environ)
 
     def image_config(
         self, stack: ExitStack, text: str, digest: str
@@ -181,6 +183,12 @@ class Places:
             return self._settings.cache / "chunk-index" / digest
         root = location.path if isinstance(location, LayoutLocation) else self._settings.store
         return root / "imgsnap" / "chunk-index"
+
+
+def _lasting(location: "Location") -> str:
+    """The location as any process may read it, whatever its working directory is."""
+    path = getattr(location, "path", None)
+    return str(replace(location, path=path.absolute()) if path is not None else location)
 
 
 def _platform(text: str | None) -> "Platform | None":

@@ -1,13 +1,15 @@
-"""Mounting a snapshot with a private block server, and unmounting it."""
+"""Mounting a snapshot with a supervised block server of its own, and unmounting it."""
 
 import json
 import os
 import select
 import time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from imgsnap import errors
+from imgsnap.blockstore.fetcher import DEFAULT_THREADS
+from imgsnap.blockstore.store import ReadOptions
 from imgsnap.errors import (
     AccessDenied,
     AlreadyExists,
@@ -18,19 +20,43 @@ from imgsnap.errors import (
     Unavailable,
 )
 from imgsnap.mount import attach, linux, teardown
+from imgsnap.mount.overlay import WritableLayer, mount_overlay
 from imgsnap.mount.process import ProcessId, start_detached
 from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
-from imgsnap.mount.server_process import MountOptions, OpenRepository, run_server
+from imgsnap.node import rpc
+from imgsnap.node.attachments import Attachment
+from imgsnap.node.block_server import ServerSettings
+from imgsnap.node.devices import OpenRepository
+from imgsnap.node.places import ServerPlaces
+from imgsnap.node.private import run_private
+from imgsnap.node.source import Source
+from imgsnap.oci.repository import Platform
 
 END_GRACE_S = 10.0
 LAZY_GRACE_S = 0.5
 _ABORT_GRACE_S = 3.0
 _PIPE_READ = 65536
 
-__all__ = ["MountOptions", "mount_snapshot", "mounts", "unmount"]
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What to mount and how. Paths are made absolute by `mount_snapshot`."""
+
+    reference: str  # a tag or digest in the repository
+    target: Path
+    run_dir: Path
+    cache_dir: Path
+    platform: Platform | None = None  # None: this machine's, or whatever the snapshot is for
+    read_write: bool = False
+    rw_root: Path | None = None  # where changes are kept; None: <cache_dir>/rw
+    fetch_threads: int = DEFAULT_THREADS
+    read: ReadOptions = field(default_factory=ReadOptions)
+    mount_timeout_s: float = 300.0
 
 
-def mount_snapshot(options: MountOptions, open_repository: OpenRepository) -> MountRecord:
+def mount_snapshot(
+    options: MountOptions, source: Source, open_repository: OpenRepository
+) -> MountRecord:
     """Mounts a snapshot on a directory; returns when its tree is usable.
 
     Forks at once, so call it before any thread exists. `open_repository` runs in the server
@@ -54,23 +80,81 @@ def mount_snapshot(options: MountOptions, open_repository: OpenRepository) -> Mo
         if created:
             attach.remove_directory(options.target)
         raise
-    pipe = -1
     server: ProcessId | None = None
     try:
-        pipe = start_detached(lambda writer: run_server(options, record, open_repository, writer))
-        reports = _Reports(pipe, time.monotonic() + options.mount_timeout_s)
-        started = reports.next()
-        server = ProcessId(int(started["pid"]), int(started["start_time"]))
-        answer = reports.next()
-        if "error" in answer:
-            raise rebuild_error(answer["error"])
+        settings = ServerSettings(_places(record), options.cache_dir, options.fetch_threads)
+        server = _start_server(settings, record, open_repository, options.mount_timeout_s)
+        record = record.with_server(server)
+        attachment = _attach(settings.places, options, source)
+        record = replace(
+            record,
+            repository=attachment.repository,
+            manifest_digest=attachment.manifest_digest,
+            config_digest=attachment.config_digest,
+            device=str(settings.places.device(attachment.id)),
+        )
+        records.update(record)
+        record = replace(show(record, local=attachment.local), state=MOUNTED)
+        records.update(record)
     except BaseException:
         _undo(records, record, server)
         raise
+    return record
+
+
+def _places(record: MountRecord) -> ServerPlaces:
+    return ServerPlaces(record.server_dir, record.device_dir, record.log_path)
+
+
+def _start_server(
+    settings: ServerSettings,
+    record: MountRecord,
+    open_repository: OpenRepository,
+    timeout_s: float,
+) -> ProcessId:
+    """Starts a supervisor; returns when its block server can be called."""
+    starter = ProcessId.of(os.getpid())
+    pipe = start_detached(
+        lambda writer: run_private(settings, record, starter, open_repository, writer)
+    )
+    try:
+        report = _report(pipe, time.monotonic() + timeout_s)
     finally:
-        if pipe >= 0:
-            os.close(pipe)
-    return records.get(record.id) or record
+        os.close(pipe)
+    if "error" in report:
+        raise rpc.rebuild_error(report["error"])
+    return ProcessId(int(report["pid"]), int(report["start_time"]))
+
+
+def _attach(places: ServerPlaces, options: MountOptions, source: Source) -> Attachment:
+    value = rpc.call_again(
+        places.block_socket,
+        "attach",
+        timeout_s=options.mount_timeout_s,
+        source=source.to_json(),
+        reference=options.reference,
+        platform=str(options.platform) if options.platform else None,
+        options=asdict(options.read),
+    )
+    return Attachment.from_json(value)
+
+
+def show(record: MountRecord, *, local: bool) -> MountRecord:
+    """Mounts the record's device on its target: EROFS, and the overlay over it."""
+    attach.tune_readahead(
+        record.device_dir, attach.READ_AHEAD_LOCAL_KB if local else attach.READ_AHEAD_LAZY_KB
+    )
+    target = Path(record.target)
+    erofs_target = target
+    if record.read_write:
+        record.lower_dir.mkdir(mode=0o700)
+        erofs_target = record.lower_dir
+    erofs = attach.mount_erofs(Path(record.device), erofs_target)
+    if record.read_write:
+        layer = WritableLayer(Path(record.rw_dir))
+        layer.create()
+        mount_overlay(record.overlay_source, erofs_target, layer, target)
+    return replace(record, loop=erofs.loop)
 
 
 def unmount(target: Path, run_dir: Path, *, lazy: bool = False) -> None:
@@ -104,46 +188,25 @@ def mounts(run_dir: Path) -> list[MountRecord]:
     return [record for record in MountRecords(run_dir).all() if record.state == MOUNTED]
 
 
-def rebuild_error(value: dict[str, Any]) -> ImgsnapError:
-    """The error that a server reported: of the same class, with message, hint and exit code."""
-    found: object = getattr(errors, str(value["class"]), ImgsnapError)
-    if not (isinstance(found, type) and issubclass(found, ImgsnapError)):
-        found = ImgsnapError
-    # Some classes compute their message from other arguments; this one is complete.
-    error = found.__new__(found)
-    ImgsnapError.__init__(error, str(value["message"]), hint=value["hint"])
-    error.exit_code = int(value["exit_code"])
-    return error
-
-
-class _Reports:
-    """The lines a server writes, with a deadline for all of them."""
-
-    def __init__(self, pipe: int, deadline: float) -> None:
-        self._pipe = pipe
-        self._deadline = deadline
-        self._buffer = b""
-        self._poll = select.poll()
-        self._poll.register(pipe, select.POLLIN)
-
-    def next(self) -> dict[str, Any]:
-        """Raises ImgsnapError when the server died, Unavailable when it takes too long."""
-        while b"\n" not in self._buffer:
-            left = self._deadline - time.monotonic()
-            if left <= 0 or not self._poll.poll(left * 1000):
-                raise Unavailable("the mount did not complete in time")
-            data = os.read(self._pipe, _PIPE_READ)
-            if not data:
-                raise ImgsnapError("the block server died while it was mounting")
-            self._buffer += data
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        value: dict[str, Any] = json.loads(line)
-        return value
+def _report(pipe: int, deadline: float) -> dict[str, Any]:
+    """The line that a supervisor writes. Raises ImgsnapError when it died, Unavailable when it
+    takes too long."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    buffer = b""
+    while b"\n" not in buffer:
+        left = deadline - time.monotonic()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise Unavailable("the mount did not complete in time")
+        data = os.read(pipe, _PIPE_READ)
+        if not data:
+            raise ImgsnapError("the supervisor died while it was mounting")
+        buffer += data
+    value: dict[str, Any] = json.loads(buffer)
+    return value
 
 
 def _absolute(options: MountOptions) -> MountOptions:
-    from dataclasses import replace
-
     rw_root = options.rw_root or options.cache_dir / "rw"
     return replace(
         options,
@@ -184,7 +247,9 @@ def _new_record(options: MountOptions, created: bool) -> MountRecord:
         config_digest="",
         read_write=options.read_write,
         rw_dir=rw_dir,
+        device="",
         loop="",
+        by_daemon=False,
         state=STARTING,
         server_pid=own.pid,
         server_start_time=own.start_time,
@@ -213,7 +278,7 @@ def _reserve(records: MountRecords, record: MountRecord) -> None:
 
 def _undo(records: MountRecords, record: MountRecord, server: ProcessId | None) -> None:
     """Leaves nothing of a failed mount behind, also when its server was killed half way."""
-    if server is not None and not server.wait(_ABORT_GRACE_S):
+    if server is not None:
         server.end(_ABORT_GRACE_S)
     teardown.unmount_tree(record, lazy=True)
     teardown.remove_entry(records, record)
