@@ -4,6 +4,8 @@ For each link and round, one after the other, nothing cached:
 
   warm      `imgsnap warm`: every chunk fetched, verified and stored
   read      one sequential read of the whole device through FUSE, readahead as it is
+  idle      single reads of 4 KiB whose chunk has to be fetched, one after the other
+  busy      the same while everything is being prefetched
   download  ranges of the same packs by a plain client on many connections, bytes thrown away
 
 Rates are of packs' bytes (what the registry stores), so that all three are the same work for the
@@ -33,6 +35,7 @@ LINKS = ("100mbit/10ms", "1gbit/2ms", "25mbit/30ms", "1gbit/200ms")
 AIM = 0.7
 DOWNLOADS = (16, 4 << 20)
 """Connections and bytes per range of the plain download."""
+READS = 60
 WIRE_PER_BYTE = 1.045  # Ethernet, IP and TCP headers, as the shaping counts them
 
 
@@ -82,11 +85,16 @@ def _measure(
             f"{link}, warm": partial(bench.warm),
             f"{link}, read": partial(bench.read),
             f"{link}, download": partial(bench.download),
+            f"{link}, idle": partial(bench.demand, "idle"),
+            f"{link}, busy": partial(bench.demand, "busy"),
         }
         report.interleave(arguments.runs, steps)
     wire = _bits(rate) / 8 / WIRE_PER_BYTE
     plain = report.median(f"{link}, download", "rate")
     report.figure(f"{link}: plain download", plain, "B/s", "the link", wire)
+    for key, name in (("p50_s", "median"), ("p99_s", "p99")):
+        busy, idle = (report.median(f"{link}, {kind}", key) for kind in ("busy", "idle"))
+        report.figure(f"{link}: demand during prefetch, {name}", busy, "s", "idle link", idle)
     for kind in ("warm", "read"):
         ours = report.median(f"{link}, {kind}", "rate")
         report.figure(f"{link}: {kind}", ours, "B/s", "plain download", plain, AIM)
@@ -130,7 +138,7 @@ class _Bench:
         with self._client.mounted(self._reference, target, "--plain-http"):
             server = self._client.server_pid(target)
             before = cpu_seconds(server)
-            (device,) = self._client.run_dir.glob("dev/*/layer.erofs")
+            (device,) = self._client.run_dir.glob("**/layer.erofs")
             usage = measured(["dd", f"if={device}", "of=/dev/null", "bs=1M"])
             return self._sample(usage.wall_s, cpu_seconds(server) - before)
 
@@ -142,6 +150,18 @@ class _Bench:
         address = self._registry.address
         said = probe("download_probe", address, repository, str(connections), str(size), *blobs)
         return self._sample(float(said), 0.0)
+
+    def demand(self, kind: str) -> Sample:
+        self._cold()
+        arguments = (self._reference, str(self._client.cache), str(READS), kind)
+        value = json.loads(probe("demand_probe", *arguments))
+        found = value["latencies_s"]
+        return {
+            "p50_s": found[len(found) // 2],
+            "p99_s": found[len(found) * 99 // 100],
+            "reads": len(found),
+            **value,
+        }
 
     def _cold(self) -> None:
         shutil.rmtree(self._client.cache, ignore_errors=True)

@@ -113,7 +113,7 @@ class Places:
         for name in ("ca_file", "cert_file", "key_file", "registry_config"):
             flags[name] = Path(flags[name]).absolute() if flags[name] else None
         hosts_dir = flags.pop("hosts_dir")
-        flags["hosts_dir"] = Path(hosts_dir) if hosts_dir else self._settings.hosts
+        flags["hosts_dir"] = Path(hosts_dir).absolute() if hosts_dir else self._settings.hosts
         options = RegistryOptions(headers=headers, **flags)
         options.connection_options()  # refused here, where the user sees it at once
         return options

@@ -11,9 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imgsnap.fuse.files import DEVICE_FILE
 from imgsnap.fuse.server import FuseServer
+from imgsnap.fuse.session import negotiate
 from imgsnap.mount import attach
 from imgsnap.units import KIB
+from tests.support.catalog import StaticCatalog
 from tests.support.faulty_store import faulty_store, open_files, publish, settled
 from tests.support.registry import FAULTS, ScriptedRegistry
 from tests.support.snapshots import build_snapshot, random_device
@@ -109,11 +112,11 @@ def _served(reader, directory: Path) -> Iterator[int]:
     """A descriptor of the device's file, served through FUSE."""
     directory.mkdir(exist_ok=True)
     fuse = attach.mount_fuse(directory)
-    server = FuseServer(fuse, {attach.DEVICE_FILE: reader})
+    server = FuseServer(fuse, StaticCatalog({"one": reader}), negotiate(fuse))
     server.start()
     fd = -1
     try:
-        fd = os.open(directory / attach.DEVICE_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(directory / "one" / DEVICE_FILE, os.O_RDONLY | os.O_CLOEXEC)
         yield fd
     finally:
         if fd >= 0:
