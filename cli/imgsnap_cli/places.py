@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from imgsnap.errors import InvalidReference
+from imgsnap.errors import InvalidArgument, InvalidReference
+from imgsnap.units import parse_size
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,6 +37,25 @@ _FLAGS = (
 )
 
 platform_option = click.option("--platform", metavar="OS/ARCH", help="Of an index [this machine's]")
+
+
+_READING = (
+    click.option(
+        "--prefetch",
+        type=click.Choice(["off", "pack", "all"]),
+        default="pack",
+        show_default=True,
+        help="What to fetch before it is read",
+    ),
+    click.option("--prefetch-rate", metavar="SIZE", help="Per second, in the background"),
+)
+
+
+def reading_flags(function: F) -> F:
+    """Adds what can be said about how a mount fetches; for `Places.mount_arguments`."""
+    for option in reversed(_READING):
+        function = option(function)
+    return function
 
 
 def registry_flags(function: F) -> F:
@@ -130,9 +150,16 @@ class Places:
         return snapshot
 
     def mount_arguments(
-        self, text: str, target: Path, platform: str | None, read_write: bool
+        self,
+        text: str,
+        target: Path,
+        platform: str | None,
+        read_write: bool,
+        prefetch: str = "pack",
+        prefetch_rate: str | None = None,
     ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
+        from imgsnap.blockstore.store import ReadOptions
         from imgsnap.node.session import MountOptions
         from imgsnap.node.source import Source
         from imgsnap.oci.locate import reference_of
@@ -146,6 +173,7 @@ class Places:
             cache_dir=self._settings.cache,
             platform=_platform(platform),
             read_write=read_write,
+            read=ReadOptions(prefetch=prefetch, prefetch_rate=_rate(prefetch_rate)),
         )
         source = Source(_lasting(location), self._settings.store, self._registry_options())
         return options, source, lambda found: found.open(self._settings.environ)
@@ -189,6 +217,19 @@ def _lasting(location: "Location") -> str:
     """The location as any process may read it, whatever its working directory is."""
     path = getattr(location, "path", None)
     return str(replace(location, path=path.absolute()) if path is not None else location)
+
+
+def _rate(text: str | None) -> int:
+    """Bytes per second; 0 for no limit. Raises InvalidArgument."""
+    if text is None:
+        return 0
+    try:
+        rate = parse_size(text.removesuffix("/s"))
+    except ValueError as error:
+        raise InvalidArgument(f"--prefetch-rate: {error}") from error
+    if rate <= 0:
+        raise InvalidArgument("--prefetch-rate: leave it out for no limit, or say --prefetch off")
+    return rate
 
 
 def _platform(text: str | None) -> "Platform | None":

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from imgsnap.blockstore.completion import Completion, Prefetch
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
@@ -70,6 +71,8 @@ class BlockReader:
         *,
         readahead_max: int = WINDOW_MAX,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        prefetch: Prefetch = Prefetch.OFF,
+        prefetch_rate: int = 0,
     ) -> None:
         self.size = snapshot.size
         self.statistics = Statistics()
@@ -80,6 +83,8 @@ class BlockReader:
         self._deadline_s = deadline_s
         self._parts = _parts(snapshot, pool, self.statistics)
         self._bases = [part.base for part in self._parts]
+        sources = [part.source for part in self._parts if part.source is not None]
+        self._completion = Completion(sources, fetcher, self.statistics, prefetch, prefetch_rate)
         self._readahead = (
             Readahead(self.size, readahead_max, fetcher.window) if readahead_max else None
         )
@@ -126,6 +131,7 @@ class BlockReader:
         """Brings a range in and calls `done` once, from this thread or a fetcher's."""
         self.statistics.misses += 1
         self._fetch(offset, length, done, READ_ATTEMPTS)
+        self._completion.waited()
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes at `offset`; fewer than `length` at the end of the device.
@@ -173,6 +179,7 @@ class BlockReader:
 
     def close(self) -> None:
         """Releases the extents. No read may be under way or begin later."""
+        self._completion.stop()
         for part in self._parts:
             if part.source is not None:
                 self._pool.release(part.source.cache)

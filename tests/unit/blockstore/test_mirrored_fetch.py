@@ -44,7 +44,7 @@ def test_a_mirror_that_sends_damaged_packs_is_asked_no_more(built, hosts, mirror
     mirror, origin = hosts
     with open_store(mirrored, tmp_path, threads=1) as store:
         mirror.switches.corrupt = set(built.packs)
-        # The first byte of each pack is wrong, so its first frame is; the registry serves the second.
+        # The first byte of each pack is wrong; the second pack comes from the registry.
         assert store.reader.read(0, len(built.device)) == built.device
         assert store.statistics.source_damage == 1
         assert store.statistics.failures == 0

@@ -269,8 +269,8 @@ def test_a_helper_that_hands_out_a_new_secret_is_asked_again(registry, tmp_path,
 def test_closing_closes_every_connection(registry):
     repository = repository_at(registry.host, NAME)
     streams = [repository.open_range(BLOB, 0, 100) for _ in range(3)]
-    for stream in streams:
-        stream.__enter__().read(100)
+    for opened in [stream.__enter__() for stream in streams]:
+        opened.read(100)
     for stream in streams:
         stream.__exit__(None, None, None)
     pools = repository.transport._connections.manager_for(f"http://{registry.host}").pools
