@@ -16,26 +16,30 @@ from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.store import BlockStore, ReadOptions
 from imgsnap.oci.reference import parse_location
 
+FULL = 4 << 20
+"""Bytes after which the link is full."""
+
 
 def main() -> None:
     reference, cache, count, kind = sys.argv[1:]
     places, _ = open_places(cache, cache, cache)
     repository, tag = places._open(parse_location(reference), create=False)
     with BlockStore(NodeCache(Path(cache))) as store:
-        device = store.open(repository, tag, options=ReadOptions(readahead_max=0))
+        device = store.open(repository, tag, options=ReadOptions(readahead_max=0, prefetch="off"))
         reader = device.reader
         ended = threading.Event()
         if kind == "busy":
             threading.Thread(target=_warm, args=(reader, ended), daemon=True).start()
-            time.sleep(1.0)  # the link is full
+            while not ended.is_set() and reader.statistics.prefetch.bytes < FULL:
+                time.sleep(0.01)
         rng = random.Random(7)
         found = []
         while len(found) < int(count) and not ended.is_set():
             offset = rng.randrange(reader.size // 4096) * 4096
-            before = reader.statistics.demand.requests
+            before = reader.statistics.misses
             started = time.perf_counter()
             reader.read(offset, 4096)
-            if reader.statistics.demand.requests > before:
+            if reader.statistics.misses > before:
                 found.append(time.perf_counter() - started)
         value = {"latencies_s": sorted(found), "statistics": reader.statistics.as_dict()}
         print(json.dumps(value))
