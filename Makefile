@@ -7,7 +7,10 @@ PY := $(VENV)/bin/python
 IMAGE ?=
 CMD ?=
 
-.PHONY: setup demo test check bench fmt clean
+# How long `make stress` and `make fuzz` go on, each part of them.
+SECONDS ?= 60
+
+.PHONY: setup demo test check stress fuzz bench fmt clean
 
 setup: $(VENV)/.installed
 
@@ -27,7 +30,15 @@ check: setup
 	$(PY) -m pytest -q -n 2 tests/unit
 
 test: check
-	$(PY) -m pytest -q -n 2 tests/property tests/integration
+	$(PY) -m pytest -q -n 2 tests/property tests/fuzz tests/integration
+
+# What takes long: every script in tests/stress, for SECONDS each.
+stress: setup
+	STRESS_SECONDS=$(SECONDS) $(PY) -m pytest -q --timeout 0 tests/stress
+
+# Every parser that a registry or a user reaches; what breaks one is kept in tests/fuzz/corpus.
+fuzz: setup
+	$(PY) -m tests.fuzz --seconds $(SECONDS)
 
 bench: setup
 	$(PY) perf/run.py

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from imgsnap_cli.output import format_option, print_json
-from imgsnap_cli.places import Places, platform_option, registry_flags
+from imgsnap_cli.places import Places, platform_option, reading_flags, registry_flags
 from imgsnap_cli.settings import Settings
 
 
@@ -15,6 +15,7 @@ from imgsnap_cli.settings import Settings
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--rw", is_flag=True, help="Writable; changes are dropped by umount")
 @platform_option
+@reading_flags
 @format_option
 @registry_flags
 @click.pass_obj
@@ -25,6 +26,8 @@ def command(
     directory: Path,
     rw: bool,
     platform: str | None,
+    prefetch: str,
+    prefetch_rate: str | None,
     format_: str,
     **flags: Any,
 ) -> None:
@@ -32,9 +35,13 @@ def command(
 
     REF may name the snapshot, or an image that has one. What is read is fetched and cached; a
     block server runs until `imgsnap umount DIRECTORY`.
+
+    --prefetch all fetches the rest in the background as soon as a read had to wait; pack does so
+    once most of the snapshot has been read; off never.
     """
     from imgsnap.node.client import mount
 
-    record = mount(*Places(settings, flags).mount_arguments(ref, directory, platform, rw))
+    places = Places(settings, flags)
+    record = mount(*places.mount_arguments(ref, directory, platform, rw, prefetch, prefetch_rate))
     if format_ == "json":
         print_json({"target": record.target, "digest": record.manifest_digest})

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from imgsnap.errors import Unsupported
-from imgsnap_cli.places import Places, platform_option, registry_flags
+from imgsnap_cli.places import Places, platform_option, reading_flags, registry_flags
 from imgsnap_cli.settings import Settings
 
 
@@ -22,10 +22,18 @@ from imgsnap_cli.settings import Settings
 @click.argument("ref")
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
 @platform_option
+@reading_flags
 @registry_flags
 @click.pass_obj
 def command(
-    settings: Settings, /, ref: str, cmd: tuple[str, ...], platform: str | None, **flags: Any
+    settings: Settings,
+    /,
+    ref: str,
+    cmd: tuple[str, ...],
+    platform: str | None,
+    prefetch: str,
+    prefetch_rate: str | None,
+    **flags: Any,
 ) -> int:
     """Run the command of the image behind REF, or CMD after --, in a writable view of it.
 
@@ -43,7 +51,7 @@ def command(
         bundle = Path(stack.enter_context(TemporaryDirectory(dir=settings.run, prefix="run-")))
         root = bundle / "rootfs"
         root.mkdir()
-        record = mount(*places.mount_arguments(ref, root, platform, True))
+        record = mount(*places.mount_arguments(ref, root, platform, True, prefetch, prefetch_rate))
         stack.callback(unmount, root, settings.run, settings.cache)
         config, image_config = places.image_config(stack, ref, record.manifest_digest)
         if not container.supported_architecture(config.architecture):

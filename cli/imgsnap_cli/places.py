@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from imgsnap.errors import InvalidReference
+from imgsnap.errors import InvalidArgument, InvalidReference
+from imgsnap.units import parse_size
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,10 +32,30 @@ _FLAGS = (
     click.option("--cert-file", metavar="FILE", type=click.Path(), help="Client certificate"),
     click.option("--key-file", metavar="FILE", type=click.Path(), help="Its key"),
     click.option("--registry-config", metavar="FILE", type=click.Path(), help="Credentials"),
+    click.option("--hosts-dir", metavar="DIR", type=click.Path(), help="Of hosts.toml files"),
     click.option("-H", "--header", "headers", metavar="K:V", multiple=True, help="Extra header"),
 )
 
 platform_option = click.option("--platform", metavar="OS/ARCH", help="Of an index [this machine's]")
+
+
+_READING = (
+    click.option(
+        "--prefetch",
+        type=click.Choice(["off", "pack", "all"]),
+        default="pack",
+        show_default=True,
+        help="What to fetch before it is read",
+    ),
+    click.option("--prefetch-rate", metavar="SIZE", help="Per second, in the background"),
+)
+
+
+def reading_flags(function: F) -> F:
+    """Adds what can be said about how a mount fetches; for `Places.mount_arguments`."""
+    for option in reversed(_READING):
+        function = option(function)
+    return function
 
 
 def registry_flags(function: F) -> F:
@@ -111,7 +132,11 @@ class Places:
         headers = parse_headers(flags.pop("headers"))
         for name in ("ca_file", "cert_file", "key_file", "registry_config"):
             flags[name] = Path(flags[name]).absolute() if flags[name] else None
-        return RegistryOptions(headers=headers, **flags)
+        hosts_dir = flags.pop("hosts_dir")
+        flags["hosts_dir"] = Path(hosts_dir).absolute() if hosts_dir else self._settings.hosts
+        options = RegistryOptions(headers=headers, **flags)
+        options.connection_options()  # refused here, where the user sees it at once
+        return options
 
     def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
         """The snapshot that a reference names, through the node cache."""
@@ -125,9 +150,16 @@ class Places:
         return snapshot
 
     def mount_arguments(
-        self, text: str, target: Path, platform: str | None, read_write: bool
+        self,
+        text: str,
+        target: Path,
+        platform: str | None,
+        read_write: bool,
+        prefetch: str = "pack",
+        prefetch_rate: str | None = None,
     ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
+        from imgsnap.blockstore.store import ReadOptions
         from imgsnap.node.source import Source
         from imgsnap.node.targets import MountOptions
         from imgsnap.oci.locate import reference_of
@@ -141,6 +173,7 @@ class Places:
             cache_dir=self._settings.cache,
             platform=_platform(platform),
             read_write=read_write,
+            read=ReadOptions(prefetch=prefetch, prefetch_rate=_rate(prefetch_rate)),
         )
         source = Source(
             _lasting(location),
@@ -189,6 +222,19 @@ def _lasting(location: "Location") -> str:
     """The location as any process may read it, whatever its working directory is."""
     path = getattr(location, "path", None)
     return str(replace(location, path=path.absolute()) if path is not None else location)
+
+
+def _rate(text: str | None) -> int:
+    """Bytes per second; 0 for no limit. Raises InvalidArgument."""
+    if text is None:
+        return 0
+    try:
+        rate = parse_size(text.removesuffix("/s"))
+    except ValueError as error:
+        raise InvalidArgument(f"--prefetch-rate: {error}") from error
+    if rate <= 0:
+        raise InvalidArgument("--prefetch-rate: leave it out for no limit, or say --prefetch off")
+    return rate
 
 
 def _platform(text: str | None) -> "Platform | None":

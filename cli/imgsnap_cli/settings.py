@@ -7,6 +7,7 @@ from pathlib import Path
 
 SYSTEM_STATE = Path("/var/lib/imgsnap")
 SYSTEM_RUN = Path("/run/imgsnap")
+CONTAINERD_HOSTS = Path("/etc/containerd/certs.d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class Settings:
     store: Path
     cache: Path
     run: Path
+    hosts: Path  # hosts.toml files: mirrors of registries
     environ: Mapping[str, str]
 
     @classmethod
@@ -33,6 +35,7 @@ class Settings:
             store=Path(store or environ.get("IMGSNAP_STORE") or state / "store").absolute(),
             cache=Path(cache or environ.get("IMGSNAP_CACHE_DIR") or caches).absolute(),
             run=Path(run or environ.get("IMGSNAP_RUN_DIR") or runtime).absolute(),
+            hosts=Path(environ.get("IMGSNAP_HOSTS_DIR") or CONTAINERD_HOSTS).absolute(),
             environ=dict(environ),
         )
 

@@ -16,7 +16,7 @@ def attach_reader(snapshot: Snapshot, cache: NodeCache) -> Iterator[BlockReader]
     Without readahead: who reads this way knows what it wants, and asks for it in large pieces.
     """
     store = BlockStore(cache)
-    reader = store.reader(snapshot, ReadOptions(readahead_max=0))
+    reader = store.reader(snapshot, ReadOptions(readahead_max=0, prefetch="off"))
     try:
         yield reader
     finally:

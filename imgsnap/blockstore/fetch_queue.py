@@ -18,8 +18,8 @@ from imgsnap.oci.repository import Descriptor, Repository
 from imgsnap.units import KIB, MIB
 
 RANGE_SIZE_MAX = MIB
-"""One request asks for at most this much (or for one frame, if that is larger): large enough to
-hide a round trip at 100 MB/s and 10 ms, small enough that a demand read is not stuck behind it."""
+"""A demand range asks for at most this much (or for one frame, if that is larger): large enough to
+hide a round trip at 100 MB/s and 10 ms. That of background ranges follows the link (link.py)."""
 RANGE_GAP_MAX = 32 * KIB
 """Unwanted bytes worth transferring to save a request: 0.3 ms at 100 MB/s."""
 COALESCE_ROWS_MAX = 256
@@ -101,7 +101,7 @@ class Batch:
 class Task:
     """One chunk that is wanted. In the queue until `running`."""
 
-    __slots__ = ("key", "priority", "row", "running", "source", "waiters")
+    __slots__ = ("done", "key", "priority", "row", "running", "source", "waiters")
 
     def __init__(self, source: ChunkSource, row: int, priority: Priority) -> None:
         self.source = source
@@ -109,7 +109,13 @@ class Task:
         self.key: ChunkKey = (source.cache.id, row)
         self.priority = priority
         self.running = False
+        self.done = False
         self.waiters: list[Batch] = []
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether readers waited for it and all have given up."""
+        return bool(self.waiters) and all(batch.finished for batch in self.waiters)
 
 
 class FetchRange(NamedTuple):
@@ -127,7 +133,7 @@ class FetchQueue:
 
     def __init__(self) -> None:
         self.tasks: dict[ChunkKey, Task] = {}
-        self.waiting = 0  # tasks that no thread has taken
+        self.waiting = [0 for _ in Priority]  # tasks that no thread has taken
         self._levels: dict[Priority, deque[Task]] = {level: deque() for level in Priority}
 
     def want(self, source: ChunkSource, row: int, priority: Priority, batch: Batch | None) -> None:
@@ -136,48 +142,61 @@ class FetchQueue:
         if task is None:
             task = self.tasks[source.cache.id, row] = Task(source, row, priority)
             self._levels[priority].append(task)
-            self.waiting += 1
+            self.waiting[priority] += 1
         elif not task.running and priority < task.priority:
+            self.waiting[task.priority] -= 1
+            self.waiting[priority] += 1
             task.priority = priority
             self._levels[priority].append(task)  # its old entry is skipped when it comes up
         if batch is not None:
             batch.remaining += 1
             task.waiters.append(batch)
 
-    def take(self, *, background: bool) -> FetchRange | None:
-        """The next range to fetch, demand first; only demand unless `background`."""
+    def take(self, *, demand: int, background: int) -> FetchRange | None:
+        """The next range to fetch, demand first. The arguments are how many bytes a range of each
+        kind may have, unless a single frame has more; 0 for none of that kind."""
         for level, queue in self._levels.items():
-            if level is not Priority.DEMAND and not background:
-                return None
-            while queue:
+            size_max = demand if level is Priority.DEMAND else background
+            while queue and size_max:
                 task = queue.popleft()
-                if task.running or task.priority is not level or task.key not in self.tasks:
+                if task.running or task.priority is not level or not self._queued(task):
                     continue
-                taken = self._coalesce(task)
-                self.waiting -= len(taken.tasks)
+                if task.abandoned:
+                    self.finish(task)
+                    self.waiting[level] -= 1
+                    continue
+                taken = self._coalesce(task, size_max)
+                for one in taken.tasks:
+                    self.waiting[one.priority] -= 1
                 return taken
         return None
+
+    def _queued(self, task: Task) -> bool:
+        return self.tasks.get(task.key) is task
 
     def put_back(self, tasks: Sequence[Task]) -> None:
         """Queues tasks again that were taken but not fetched."""
         for task in tasks:
-            task.running = False
-            self._levels[task.priority].append(task)
-        self.waiting += len(tasks)
+            if not task.done:
+                task.running = False
+                self._levels[task.priority].append(task)
+                self.waiting[task.priority] += 1
 
     def clear(self) -> None:
         """Forgets everything that is queued."""
         self.tasks.clear()
-        self.waiting = 0
+        self.waiting = [0 for _ in Priority]
         for level in self._levels.values():
             level.clear()
 
     def finish(self, task: Task) -> list[Batch]:
         """Removes a task that has an outcome; who waited for it."""
-        self.tasks.pop(task.key, None)
+        task.done = True
+        if self._queued(task):
+            del self.tasks[task.key]
         return task.waiters
 
-    def _coalesce(self, first: Task) -> FetchRange:
+    def _coalesce(self, first: Task, size_max: int) -> FetchRange:
         """The task and the queued ones that follow it closely in the same pack."""
         first.running = True
         place = first.source.place(first.row)
@@ -187,7 +206,7 @@ class FetchQueue:
         for task, other in self._neighbours(first, place):
             if not 0 <= other.offset - end <= RANGE_GAP_MAX:
                 continue
-            if other.offset + other.length - place.offset > RANGE_SIZE_MAX:
+            if other.offset + other.length - place.offset > size_max:
                 break
             task.running = True
             tasks.append(task)

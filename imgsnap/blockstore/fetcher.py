@@ -1,33 +1,37 @@
 """The fetcher: a few threads that bring chunks from a repository into the extent caches.
 
-A chunk is fetched once however many readers want it. Every frame is decompressed to exactly the
-size its row states and hashed before anyone sees it. In flight are at most `threads` ranges of
-RANGE_SIZE_MAX bytes, each with one decompressed chunk (CHUNK_SIZE_LIMIT) at a time.
+A chunk is fetched once however many readers want it, but for hedges. Every frame is decompressed
+to exactly the size its row states and hashed before anyone sees it, while the rest of its range is
+still on its way. In flight are at most `threads` ranges of FLIGHT_BYTES_MAX bytes in all
+(flights.py), each with one frame and its chunk (CHUNK_SIZE_LIMIT) in memory.
 """
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from imgsnap.blockstore.fetch_queue import (
     Batch,
     ChunkSource,
     FetchQueue,
-    FetchRange,
     Priority,
     Task,
 )
+from imgsnap.blockstore.flights import Flight, Flights
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.pack_files import PackFiles
 from imgsnap.blockstore.statistics import FetchCounts
 from imgsnap.digest import Digest, chunk_id
 from imgsnap.errors import DigestMismatch, ImgsnapError, IntegrityError, Unavailable
+from imgsnap.formats.chunk_map import ChunkPlace
 from imgsnap.formats.frame import decompress_exact
-from imgsnap.oci.repository import Descriptor, RangeUnsupported
+from imgsnap.oci.repository import Descriptor, RangeBytes, RangeStream, RangeUnsupported
 
-DEFAULT_THREADS = 8
+DEFAULT_THREADS = 32
+"""Ranges in flight at most, each on its own connection; a thread is started when there is work."""
 RESERVED_THREADS = 2
 """Threads that only demand reads use, so that they never wait for a slow background range."""
 DEFAULT_DEADLINE_S = 60.0
@@ -47,11 +51,12 @@ class Fetcher:
         self._changed = threading.Condition()
         # All below under the condition's lock.
         self._queue = FetchQueue()
+        self._flights = Flights()
         self._batches: set[Batch] = set()
         self._downloads: dict[Digest, list[Task]] = {}
         self._threads: list[threading.Thread] = []
         self._idle = 0
-        self._background = 0
+        self._watched = float("inf")  # when a waiting thread will look for late flights
         self._closed = False
 
     # Callers' side ---------------------------------------------------------------------------
@@ -98,17 +103,47 @@ class Fetcher:
             if not source.cache.verified(row):
                 self._queue.want(source, row, priority, batch)
         self._wake()
+        if priority is Priority.DEMAND:  # it may have joined a flight that nobody waited for
+            self._watch(self._flights.next_late())
 
     def _wake(self) -> None:
         """Lets one thread look at the queue; it wakes the next one when it leaves work there."""
-        if not self._queue.waiting:
+        if not self._work_waits():
             return
         if self._idle:
             self._changed.notify()
-        elif len(self._threads) < self._threads_max:
+        else:
+            self._add_thread()
+
+    def _work_waits(self) -> bool:
+        demand, *background = self._queue.waiting
+        if demand and self._demand_room():
+            return True
+        return any(background) and bool(self._background_room())
+
+    def _demand_room(self) -> int:
+        return self._flights.demand_room if self._flights.count < self._threads_max else 0
+
+    def _background_room(self) -> int:
+        if self._flights.background >= self._background_max or not self._demand_room():
+            return 0
+        return self._flights.background_room
+
+    def _add_thread(self, more: int = 0) -> None:
+        if len(self._threads) < self._threads_max + more:
             thread = threading.Thread(target=self._run, name="fetch", daemon=True)
             self._threads.append(thread)
             thread.start()
+
+    def _watch(self, due: float | None) -> None:
+        """Has a thread awake at `due` to hedge what is late by then: one that is idle, or one more
+        than have ranges, since those that hang may be all of them."""
+        if due is None or due >= self._watched:
+            return
+        if self._idle:
+            self._changed.notify()
+        else:
+            self._add_thread(more=1)
 
     def expire(self) -> int:
         """Fails the batches whose deadline has passed; how many. Call it every few seconds."""
@@ -121,6 +156,11 @@ class Fetcher:
             batch.notify()
         return len(expired)
 
+    def window(self) -> int:
+        """How many bytes in flight keep the link busy, as far as it is known."""
+        with self._changed:
+            return self._flights.link.window
+
     def close(self) -> None:
         """Fails what is queued and lets the threads end; one stuck in a transfer is left behind."""
         error = Unavailable("the block store is closing")
@@ -129,6 +169,7 @@ class Fetcher:
             self._queue.clear()
             failed = [batch for batch in self._batches if batch.fail(error)]
             self._batches.clear()
+            self._flights.cancel_all()
             self._changed.notify_all()
         for batch in failed:
             batch.notify()
@@ -141,84 +182,163 @@ class Fetcher:
     # Threads' side ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (taken := self._next()) is not None:
+        while (flight := self._next()) is not None:
             try:
-                self._fetch_range(taken)
+                self._fly(flight)
             except Exception as error:  # a bug must not end the thread and hang its readers
                 _log.exception("fetching failed unexpectedly")
-                for task in taken.tasks:
-                    self._settle(task, None, error)
+                self._fail(flight, error)
             finally:
-                if taken.priority is not Priority.DEMAND:
-                    with self._changed:
-                        self._background -= 1
-                        self._changed.notify()
+                with self._changed:
+                    self._flights.end(flight)
+                    self._wake()
 
-    def _next(self) -> FetchRange | None:
+    def _next(self) -> Flight | None:
         with self._changed:
             while not self._closed:
-                taken = self._queue.take(background=self._background < self._background_max)
-                if taken is not None:
-                    self._background += taken.priority is not Priority.DEMAND
+                taken = self._queue.take(
+                    demand=self._demand_room(), background=self._background_room()
+                )
+                flight = self._flights.begin(taken) if taken else self._flights.take_late()
+                due = self._flights.next_late()
+                if flight is not None:
                     self._wake()
-                    return taken
+                    self._watch(due)
+                    return flight
                 self._idle += 1
-                self._changed.wait()
+                self._watched = float("inf") if due is None else due
+                self._changed.wait(None if due is None else max(0.0, due - time.monotonic()))
+                self._watched = float("inf")
                 self._idle -= 1
         return None
 
-    def _fetch_range(self, taken: FetchRange) -> None:
-        if taken.pack is None:
-            for task in taken.tasks:
+    def _fly(self, flight: Flight) -> None:
+        tasks, pack = flight.range.tasks, flight.range.pack
+        if pack is None:
+            for task in tasks:
                 self._finish_zeros(task)
             return
+        if flight.second:
+            tasks[0].source.statistics.hedges += 1
         try:
-            data = self._read(taken.pack, taken.start, taken.end, taken)
-        except (ImgsnapError, OSError) as error:
-            for task in taken.tasks:
-                self._settle(task, None, error)
-            return
-        if data is None:
-            return  # parked until the whole pack is here
-        view = memoryview(data)
-        for task in taken.tasks:
-            place = task.source.place(task.row)
-            if place is None:
-                raise AssertionError("a zero chunk in a range")
-            start = place.offset - taken.start
-            self._finish_frame(task, taken.pack, view[start : start + place.length])
-
-    def _read(self, pack: Descriptor, start: int, end: int, taken: FetchRange) -> bytes | None:
-        """Bytes of a pack. None when `taken` waits for another thread's download of it."""
-        source, length = taken.tasks[0].source, end - start
-        data = self._packs.read(pack, start, length)
-        if data is None:
             try:
-                data = source.repository.read_range(pack, start, length)
-                _count(source, taken.priority, length)
+                self._stream(flight, pack)
             except RangeUnsupported:
-                if not self._download(source, pack, taken):
-                    return None
-                data = self._packs.read(pack, start, length) or b""
-        if len(data) != length:
-            raise Unavailable(f"pack {pack.digest}: {len(data)} bytes of {length} at {start}")
+                with self._changed:
+                    self._flights.answer(flight)
+                if self._download(tasks, pack, flight.range.priority):
+                    self._stream(flight, pack)
+        except (ImgsnapError, OSError) as error:
+            self._fail(flight, error)
+
+    def _stream(self, flight: Flight, pack: Descriptor) -> None:
+        """Settles each chunk as soon as its frame is in; damaged ones are asked for once more."""
+        taken, position = flight.range, flight.range.start
+        damaged = []
+        source = taken.tasks[0].source
+        with self._open(flight, source, pack, taken.start, taken.end) as stream:
+            with self._changed:
+                self._flights.answer(flight)
+            for task in taken.tasks:
+                place = _place(task)
+                self._read(flight, stream, place.offset - position)
+                frame = self._read(flight, stream, place.length)
+                position = place.offset + place.length
+                if len(frame) != place.length:
+                    raise Unavailable(
+                        f"pack {pack.digest}: {len(frame)} bytes of {place.length} "
+                        f"at {place.offset}"
+                    )
+                if task.done:
+                    continue
+                try:
+                    data = _decode(task, frame)
+                except IntegrityError as error:
+                    self._count_damage(task, error)
+                    stream.reject()
+                    damaged.append(task)
+                    continue
+                if not self._wins(flight):
+                    return
+                self._settle(task, data, None)
+        for task in damaged:
+            if not self._wins(flight):
+                return
+            self._retry(flight, task, pack)
+
+    def _read(self, flight: Flight, stream: RangeStream, size: int) -> bytes:
+        """The next bytes of a range, counted."""
+        if not size:
+            return b""
+        data = stream.read(size)
+        source = flight.range.tasks[0].source
+        if stream.host:
+            _counts(source, flight.range.priority).bytes += len(data)
+            source.statistics.host(stream.host).bytes += len(data)
+        with self._changed:
+            limited = any(self._queue.waiting[1:]) and not self._background_room()
+            self._flights.arrive(flight, len(data), limited=limited)
+            self._wake()
         return data
 
-    def _download(self, source: ChunkSource, pack: Descriptor, taken: FetchRange) -> bool:
-        """Fetches the whole pack, or parks `taken` when another thread does so already."""
+    @contextmanager
+    def _open(
+        self, flight: Flight, source: ChunkSource, pack: Descriptor, start: int, end: int
+    ) -> Iterator[RangeStream]:
+        """A range from the pack on disk, if it is there whole, else from its repository."""
+        data = self._packs.read(pack, start, end - start)
+        if data is not None:
+            yield RangeBytes("", data)
+            return
+        with source.repository.open_range(
+            pack,
+            start,
+            end - start,
+            cancellation=flight.cancellation,
+            second=flight.second,
+        ) as stream:
+            _counts(source, flight.range.priority).requests += 1
+            source.statistics.host(stream.host).requests += 1
+            yield stream
+
+    def _wins(self, flight: Flight) -> bool:
+        """Whether a flight's chunks count; its rival, if it has one, is given up then."""
+        with self._changed:
+            if flight.lost:
+                return False
+            rival, flight.rival = flight.rival, None
+            if rival is not None:
+                rival.lost, rival.rival = True, None
+        if rival is not None:
+            rival.cancellation.cancel()
+        return True
+
+    def _fail(self, flight: Flight, error: BaseException) -> None:
+        """Fails the chunks that a flight still owed, unless they are its rival's to bring."""
+        with self._changed:
+            if flight.rival is not None:
+                flight.rival.rival = None
+                flight.lost = True
+        if not flight.lost:
+            for task in flight.range.tasks:
+                self._settle(task, None, error)
+
+    def _download(self, tasks: Sequence[Task], pack: Descriptor, priority: Priority) -> bool:
+        """Fetches the whole pack, or parks `tasks` when another thread does so already."""
+        source = tasks[0].source
         with self._changed:
             if self._packs.has(pack):
                 return True  # it came while our range request was refused
             parked = self._downloads.get(pack.digest)
             if parked is not None:
-                parked.extend(taken.tasks)
+                parked.extend(task for task in tasks if task not in parked)
                 return False
             self._downloads[pack.digest] = []
         failure: Exception | None = None
         try:
             _log.info("%s ignores ranges: fetching pack %s", source.repository.name, pack.digest)
             self._packs.download(source.repository, pack)
-            _count(source, taken.priority, pack.size)
+            _count(source, priority, pack.size)
         except Exception as error:
             failure = error
             raise
@@ -244,29 +364,21 @@ class Fetcher:
             return
         self._settle(task, data, None)
 
-    def _finish_frame(self, task: Task, pack: Descriptor, frame: memoryview) -> None:
-        """Decodes a frame; a damaged one is asked for once more, alone."""
-        try:
-            data = _decode(task, frame)
-        except IntegrityError as error:
-            task.source.statistics.source_damage += 1
-            what = task.source.describe(task.row)
-            self._damage.log(logging.WARNING, "%s is damaged, asking again: %s", what, error)
-            self._retry(task, pack)
-            return
-        self._settle(task, data, None)
-
-    def _retry(self, task: Task, pack: Descriptor) -> None:
-        place = task.source.place(task.row)
-        if place is None:
-            raise AssertionError("a zero chunk has no frame")
+    def _retry(self, flight: Flight, task: Task, pack: Descriptor) -> None:
+        """Asks for a damaged frame once more, alone."""
+        place = _place(task)
         self._packs.discard(pack)
-        alone = FetchRange([task], pack, place.offset, place.offset + place.length, task.priority)
+        span = (task.source, pack, place.offset, place.offset + place.length)
         try:
-            frame = self._read(pack, alone.start, alone.end, alone)
-            if frame is None:
-                return
-            data = _decode(task, memoryview(frame))
+            try:
+                with self._open(flight, *span) as stream:
+                    frame = self._read(flight, stream, place.length)
+            except RangeUnsupported:
+                if not self._download([task], pack, flight.range.priority):
+                    return
+                with self._open(flight, *span) as stream:
+                    frame = self._read(flight, stream, place.length)
+            data = _decode(task, frame)
         except IntegrityError as error:
             task.source.statistics.source_damage += 1
             what = task.source.describe(task.row)
@@ -276,8 +388,15 @@ class Fetcher:
         else:
             self._settle(task, data, None)
 
+    def _count_damage(self, task: Task, error: IntegrityError) -> None:
+        task.source.statistics.source_damage += 1
+        what = task.source.describe(task.row)
+        self._damage.log(logging.WARNING, "%s is damaged, asking again: %s", what, error)
+
     def _settle(self, task: Task, data: bytes | None, error: BaseException | None) -> None:
-        """Stores a verified chunk and tells everyone who waits for it."""
+        """Stores a verified chunk and tells everyone who waits for it; the first outcome counts."""
+        if task.done:
+            return
         kept: bytes | None = None
         if data is not None:
             _counts(task.source, task.priority).chunks += 1
@@ -328,7 +447,14 @@ def notify_all(batches: Sequence[Batch]) -> None:
             _log.exception("a completion failed")
 
 
-def _decode(task: Task, frame: memoryview) -> bytes:
+def _place(task: Task) -> ChunkPlace:
+    place = task.source.place(task.row)
+    if place is None:
+        raise AssertionError("a zero chunk in a range")
+    return place
+
+
+def _decode(task: Task, frame: bytes) -> bytes:
     """A chunk's verified bytes. Raises IntegrityError."""
     expected = task.source.extent.chunk_id(task.row)
     size = task.source.cache.place(task.row)[1]

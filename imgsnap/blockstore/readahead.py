@@ -2,12 +2,14 @@
 
 A read somewhere new opens a window at once: what follows on the device are the files beside it,
 and a start whose misses go one after the other leaves the link idle for most of every round trip.
-Where reading goes on, the window doubles up to `window_max`, so that several ranges are in flight;
-the kernel by itself reads ahead one FUSE request at a time, 20 MB/s at best over 50 ms.
+Where reading goes on, the window doubles, so that several ranges are in flight, up to what keeps
+the link busy; the kernel by itself reads ahead one FUSE request at a time, 20 MB/s at best over
+50 ms.
 """
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from imgsnap.units import KIB, MIB
@@ -15,8 +17,15 @@ from imgsnap.units import KIB, MIB
 WINDOW_FIRST = 512 * KIB
 """Over 100 Mbit/s and 10 ms a cold Python start took 0.85 of its time with this window at the first
 read instead of the second, for 2 % more bytes; 1 MiB took 0.8 for 16 % more."""
-WINDOW_MAX = 8 * MIB
-"""About eight ranges of compressed chunks in flight for one stream at most."""
+WINDOW_USUAL = 8 * MIB
+"""What a window grows to on any link: about 3 MiB of compressed chunks."""
+WINDOW_MAX = 256 * MIB
+"""What it grows to on links that need it: 0.5 s at 1 Gbit/s, compressed to a third and a quarter
+of it asked for anew at a time."""
+GROWTH_LONG = 4
+"""A window grows so fast where it has far to go: each step costs a round trip there."""
+DEVICE_BYTES_PER_LINK_BYTE = 3
+"""Packs are about a third of the device."""
 STREAMS_MAX = 32
 """Readers that are told apart; the one that was idle longest is forgotten."""
 JUMP_MAX = 128 * KIB
@@ -34,11 +43,18 @@ class _Stream:
 
 
 class Readahead:
-    """The streams of one device. Safe for threads."""
+    """The streams of one device. Safe for threads; `link_window` says how many bytes in flight keep
+    the link busy."""
 
-    def __init__(self, size: int, window_max: int = WINDOW_MAX) -> None:
+    def __init__(
+        self,
+        size: int,
+        window_max: int = WINDOW_MAX,
+        link_window: Callable[[], int] | None = None,
+    ) -> None:
         self._size = size
         self._window_max = window_max
+        self._link_window = link_window
         self._lock = threading.Lock()
         self._serial = 0
         self._streams: OrderedDict[int, _Stream] = OrderedDict()
@@ -67,11 +83,19 @@ class Readahead:
                 return stream
         return None
 
+    def _largest(self) -> int:
+        link = self._link_window() * DEVICE_BYTES_PER_LINK_BYTE if self._link_window else 0
+        return min(max(WINDOW_USUAL, link), self._window_max)
+
     def _advance(self, stream: _Stream) -> tuple[int, int] | None:
-        """Asks for the next piece when half of the window has been read."""
-        if stream.ahead - stream.next > stream.window // 2:
+        """Asks for the next piece when half of the window has been read; on a link that needs a
+        large one, when a quarter has."""
+        largest = self._largest()
+        long = largest > WINDOW_USUAL
+        if stream.ahead - stream.next > stream.window * (3 if long else 2) // 4:
             return None
-        stream.window = min(stream.window * 2, self._window_max)
+        grown = stream.window * (GROWTH_LONG if long else 2)
+        stream.window = max(stream.window, min(grown, largest))
         start = max(stream.ahead, stream.next)
         stream.ahead = min(stream.next + stream.window, self._size)
         return (start, stream.ahead) if start < stream.ahead else None

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from imgsnap.blockstore.completion import Completion, Prefetch
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
@@ -20,7 +21,9 @@ from imgsnap.units import BLOCK_SIZE
 READ_ATTEMPTS = 3
 """A chunk that is lost from the cache between its fetch and its use is fetched again this often."""
 WARM_BATCH = 256
-"""Chunks given to the prefetch queue at a time: some 32 MiB, enough to keep its threads busy."""
+"""Chunks given to the prefetch queue at a time: some 64 MiB of the device, 20 MiB of packs."""
+WARM_BATCHES = 5
+"""Batches queued at a time, so that more than the largest window is."""
 COMPLETE_CHECK_READS = 1024
 """How often the reader looks whether all chunks are here: a byte per chunk is counted."""
 _WAIT_MARGIN_S = 5.0
@@ -68,6 +71,8 @@ class BlockReader:
         *,
         readahead_max: int = WINDOW_MAX,
         deadline_s: float = DEFAULT_DEADLINE_S,
+        prefetch: Prefetch = Prefetch.OFF,
+        prefetch_rate: int = 0,
     ) -> None:
         self.size = snapshot.size
         self.statistics = Statistics()
@@ -78,7 +83,11 @@ class BlockReader:
         self._deadline_s = deadline_s
         self._parts = _parts(snapshot, pool, self.statistics)
         self._bases = [part.base for part in self._parts]
-        self._readahead = Readahead(self.size, readahead_max) if readahead_max else None
+        sources = [part.source for part in self._parts if part.source is not None]
+        self._completion = Completion(sources, fetcher, self.statistics, prefetch, prefetch_rate)
+        self._readahead = (
+            Readahead(self.size, readahead_max, fetcher.window) if readahead_max else None
+        )
         self._complete = False
 
     @property
@@ -122,6 +131,7 @@ class BlockReader:
         """Brings a range in and calls `done` once, from this thread or a fetcher's."""
         self.statistics.misses += 1
         self._fetch(offset, length, done, READ_ATTEMPTS)
+        self._completion.waited()
 
     def read(self, offset: int, length: int) -> bytes:
         """The bytes at `offset`; fewer than `length` at the end of the device.
@@ -162,14 +172,14 @@ class BlockReader:
             size = sum(source.cache.place(row)[1] for row in rows)
             wanted = [(source, row) for row in source.cache.missing(rows)]
             pending.append((self._prefetch(wanted), size))
-            # One batch ahead, so that the threads never run dry at a batch's end.
-            while len(pending) > 1:
+            while len(pending) >= WARM_BATCHES:
                 done = _finish(pending, done, total, progress)
         while pending:
             done = _finish(pending, done, total, progress)
 
     def close(self) -> None:
         """Releases the extents. No read may be under way or begin later."""
+        self._completion.stop()
         for part in self._parts:
             if part.source is not None:
                 self._pool.release(part.source.cache)

@@ -5,6 +5,7 @@ that is cheaper than a lock on every read.
 """
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -38,6 +39,12 @@ class Statistics:
     source_damage: int = 0  # frames from the repository that failed verification
     unstored: int = 0  # chunks that could not be kept on disk
     failures: int = 0  # fetches that ended in an error
+    hedges: int = 0  # ranges asked for a second time because their first byte was late
+    hosts: dict[str, FetchCounts] = field(default_factory=dict)  # who served; chunks are not split
 
-    def as_dict(self) -> dict[str, int | dict[str, int]]:
+    def host(self, name: str) -> FetchCounts:
+        """What one host served."""
+        return self.hosts.setdefault(name, FetchCounts())
+
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from imgsnap.blockstore.completion import Prefetch
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, DEFAULT_THREADS, Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
@@ -19,6 +20,8 @@ class ReadOptions:
 
     readahead_max: int = WINDOW_MAX  # bytes; 0 switches readahead off
     deadline_s: float = DEFAULT_DEADLINE_S  # of one read
+    prefetch: str = Prefetch.PACK  # what is fetched unasked; see Prefetch
+    prefetch_rate: int = 0  # bytes of packs per second in the background; 0: no limit
 
 
 class Device:
@@ -65,6 +68,8 @@ class BlockStore:
             self.fetcher,
             readahead_max=options.readahead_max,
             deadline_s=options.deadline_s,
+            prefetch=Prefetch(options.prefetch),
+            prefetch_rate=options.prefetch_rate,
         )
 
     def close(self) -> None:

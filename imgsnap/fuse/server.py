@@ -24,7 +24,7 @@ from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, Opcode
 from imgsnap.fuse.session import FuseSession
 
 DEFAULT_THREADS = 2
-_EMPTY_REPLY = (Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.ACCESS, Opcode.DESTROY, Opcode.FLUSH)
+_EMPTY_REPLY = (Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.ACCESS, Opcode.DESTROY)
 _TRANSIENT = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
 _log = logging.getLogger(__name__)
 
@@ -167,6 +167,8 @@ class FuseServer:
             return protocol.reply(unique, self._statfs())
         if opcode in _EMPTY_REPLY:
             return protocol.error_reply(unique, 0)
+        # FLUSH among others: after one ENOSYS the kernel sends no more. A process that closes a
+        # file, for instance in exec, must not have to wait for us.
         return protocol.error_reply(unique, errno.ENOSYS)
 
     def _lookup(self, unique: int, parent: int, name: bytes) -> bytes:

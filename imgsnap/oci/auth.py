@@ -16,6 +16,7 @@ from urllib.parse import urlencode, urlsplit
 from imgsnap.errors import AccessDenied, FormatError
 from imgsnap.oci.credentials import Credentials
 from imgsnap.oci.manifest import parse_json_object
+from imgsnap.oci.redirects import absolute_url
 
 TOKEN_ANSWER_MAX = 256 << 10
 """Bytes of a token server's answer; real tokens are below 16 KiB."""
@@ -216,8 +217,8 @@ def token_request(
     token (docs/spec/auth/oauth.md). Raises AccessDenied for a realm that is no http(s) URL.
     """
     realm = challenge.parameters["realm"]
-    parts = urlsplit(realm)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
+    parts = urlsplit(absolute_url("", realm) or "")
+    if not parts.hostname or parts.username is not None:
         raise AccessDenied(f"the registry's token server {realm[:200]!r} is not an http(s) URL")
     items = scope.items or tuple(challenge.parameters.get("scope", "").split())
     fields = [("service", challenge.parameters.get("service", ""))]

@@ -5,12 +5,14 @@ urllib3 and ssl cost about 0.1 s to import, so they are imported where the first
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from imgsnap.errors import InvalidArgument
+from imgsnap.oci.cancellation import watch_current
 from imgsnap.oci.reference import is_loopback
 
 if TYPE_CHECKING:
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 15.0
 READ_TIMEOUT_S = 60.0
 """Between two packets; a stalled transfer is then resumed elsewhere in the room."""
-POOL_SIZE = 16
-"""Idle connections kept per host: as many as the fetcher has worker threads."""
+RANGE_TIMEOUT_S = 15.0
+"""As READ_TIMEOUT_S for ranges of blobs: short enough that a read outlives one stalled transfer."""
+POOL_SIZE = 32
+"""Idle connections kept per host: as many as the fetcher has ranges in flight at most."""
 SEND_BLOCK_SIZE = 256 << 10
 """Bytes per read of an upload's file; urllib3's default of 16 KiB costs 16 times the calls."""
 
@@ -31,21 +35,24 @@ SEND_BLOCK_SIZE = 256 << 10
 class ConnectionOptions:
     """How to reach a registry. `headers` go to the registry itself, never to redirect targets.
 
+    `ca_file` is trusted instead of the system's authorities, `more_ca_files` beside them.
+    `client_pairs` are certificates with their keys, None for one file that holds both. `proxy`, if
+    any, replaces what the environment says.
+
     Raises InvalidArgument for options that contradict each other or name unsafe headers.
     """
 
     plain_http: bool = False
     insecure: bool = False
     ca_file: Path | None = None
-    cert_file: Path | None = None
-    key_file: Path | None = None
+    more_ca_files: tuple[Path, ...] = ()
+    client_pairs: tuple[tuple[Path, Path | None], ...] = ()
     headers: tuple[tuple[str, str], ...] = ()
+    proxy: str = ""
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     read_timeout_s: float = READ_TIMEOUT_S
 
     def __post_init__(self) -> None:
-        if self.key_file is not None and self.cert_file is None:
-            raise InvalidArgument("--key-file without --cert-file")
         for name, value in self.headers:
             if not name.replace("-", "").isalnum() or not name.isascii():
                 raise InvalidArgument(f"{name[:100]!r} is not a header name")
@@ -53,6 +60,12 @@ class ConnectionOptions:
                 raise InvalidArgument(f"header {name}: the value is not printable ASCII")
             if name.lower() in ("cookie", "host", "content-length", "transfer-encoding", "range"):
                 raise InvalidArgument(f"header {name} cannot be set: the transport owns it")
+
+    def over(self, other: "ConnectionOptions") -> "ConnectionOptions":
+        """These options, and the other's wherever these say nothing."""
+        silent = ConnectionOptions()
+        said = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(other, **{name: v for name, v in said.items() if v != getattr(silent, name)})
 
 
 class Proxies:
@@ -88,37 +101,52 @@ class Proxies:
 
 
 class Connections:
-    """Makes and keeps urllib3 pools, one manager per proxy. Thread safe."""
+    """Makes and keeps urllib3 pools, one manager per proxy and kind of URL. Thread safe."""
 
     def __init__(self, options: ConnectionOptions, environ: Mapping[str, str]) -> None:
         self._options = options
         self._proxies = Proxies(environ)
         self._ca_file = options.ca_file or _path(environ.get("SSL_CERT_FILE"))
         self._lock = threading.Lock()
-        self._managers: dict[str | None, urllib3.PoolManager] = {}
+        self._managers: dict[tuple[str | None, bool], urllib3.PoolManager] = {}
         self._tls: ssl.SSLContext | None = None
 
     def manager_for(self, url: str) -> "urllib3.PoolManager":
         """The pool manager that requests for `url` go through."""
         parts = urlsplit(url)
-        proxy = self._proxies.url_for(parts.scheme, parts.hostname or "", parts.port)
+        proxy: str | None = self._options.proxy
+        if not proxy:
+            proxy = self._proxies.url_for(parts.scheme, parts.hostname or "", parts.port)
+        secure = parts.scheme == "https" or (proxy or "").startswith("https:")
         with self._lock:
-            if proxy not in self._managers:
-                self._managers[proxy] = self._make(proxy)
-            return self._managers[proxy]
+            if (proxy, secure) not in self._managers:
+                self._managers[proxy, secure] = self._make(proxy, secure)
+            return self._managers[proxy, secure]
+
+    def timeout(self, read_s: float) -> "urllib3.Timeout":
+        """A request's own limit of silence, where it is shorter than the connection's."""
+        import urllib3
+
+        options = self._options
+        read_s = min(read_s, options.read_timeout_s)
+        return urllib3.Timeout(connect=options.connect_timeout_s, read=read_s)
 
     def close(self) -> None:
         """Closes idle connections; the object can be used again."""
         with self._lock:
             managers, self._managers = list(self._managers.values()), {}
         for manager in managers:
+            keys = manager.pools.keys()
+            for key in keys:  # clear() alone leaves them to the garbage collector
+                with suppress(KeyError):
+                    manager.pools[key].close()
             manager.clear()
 
-    def _make(self, proxy: str | None) -> "urllib3.PoolManager":
+    def _make(self, proxy: str | None, secure: bool) -> "urllib3.PoolManager":
         import urllib3
 
         options = self._options
-        settings = {
+        settings: dict[str, Any] = {
             "num_pools": 64,
             "maxsize": POOL_SIZE,
             "block": False,  # A thread that holds a stream may need a second connection.
@@ -127,17 +155,18 @@ class Connections:
             "timeout": urllib3.Timeout(
                 connect=options.connect_timeout_s, read=options.read_timeout_s
             ),
-            "ssl_context": self._tls_context(),
         }
+        if secure:  # loading the authorities takes 30 ms
+            settings["ssl_context"] = self._tls_context()
         if options.insecure:
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         if proxy is None:
-            return urllib3.PoolManager(**settings)  # type: ignore[arg-type]
+            return _cancellable(urllib3.PoolManager(**settings))
         user = urlsplit(proxy)
         if user.username:
             pair = f"{user.username}:{user.password or ''}"
             settings["proxy_headers"] = urllib3.make_headers(proxy_basic_auth=pair)
-        return urllib3.ProxyManager(proxy, **settings)  # type: ignore[arg-type]
+        return _cancellable(urllib3.ProxyManager(proxy, **settings))
 
     def _tls_context(self) -> "ssl.SSLContext":
         if self._tls is None:
@@ -145,16 +174,51 @@ class Connections:
         return self._tls
 
 
+def _cancellable(manager: "urllib3.PoolManager") -> "urllib3.PoolManager":
+    """Makes the manager's connections tell which socket their request waits on."""
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class Connection(HTTPConnection):
+        def connect(self) -> None:
+            super().connect()
+            watch_current(self.sock)
+
+        def request(self, *arguments: Any, **named: Any) -> None:
+            watch_current(self.sock)
+            super().request(*arguments, **named)
+
+    class SecureConnection(HTTPSConnection):
+        def connect(self) -> None:
+            super().connect()
+            watch_current(self.sock)
+
+        def request(self, *arguments: Any, **named: Any) -> None:
+            watch_current(self.sock)
+            super().request(*arguments, **named)
+
+    class Pool(HTTPConnectionPool):
+        ConnectionCls = Connection
+
+    class SecurePool(HTTPSConnectionPool):
+        ConnectionCls = SecureConnection
+
+    manager.pool_classes_by_scheme = {"http": Pool, "https": SecurePool}
+    return manager
+
+
 def _tls_context(options: ConnectionOptions, ca_file: Path | None) -> "ssl.SSLContext":
     import ssl
 
     try:
         context = ssl.create_default_context(cafile=str(ca_file) if ca_file else None)
-        if options.cert_file is not None:
-            key = str(options.key_file) if options.key_file else None
-            context.load_cert_chain(str(options.cert_file), key)
+        for file in options.more_ca_files:
+            context.load_verify_locations(str(file))
+        for certificate, key in options.client_pairs:
+            context.load_cert_chain(str(certificate), str(key) if key else None)
     except (OSError, ssl.SSLError) as error:
-        files = [str(item) for item in (ca_file, options.cert_file, options.key_file) if item]
+        pairs = [item for pair in options.client_pairs for item in pair]
+        files = [str(item) for item in (ca_file, *options.more_ca_files, *pairs) if item]
         raise InvalidArgument(f"cannot load certificates from {', '.join(files)}: {error}") from (
             error
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from imgsnap.errors import LimitExceeded
 from imgsnap.oci.auth import Scope
+from imgsnap.oci.cancellation import Cancellation
 from imgsnap.oci.http_errors import RegistryUnavailable, connection_error, redact
 from imgsnap.oci.retry import Counters
 
@@ -52,6 +53,7 @@ class Request:
 
     `accept` are the statuses that are answers rather than errors. `redirect_key` names a blob
     whose redirect target may be remembered. `retry` False leaves retrying to the caller.
+    `timeout_s` bounds the silence between two packets instead of the connection's own limit.
     """
 
     method: str
@@ -62,6 +64,8 @@ class Request:
     accept: frozenset[int] = frozenset({200})
     redirect_key: str | None = None
     retry: bool = True
+    cancellation: Cancellation | None = None
+    timeout_s: float | None = None
 
 
 class Response:
@@ -71,9 +75,16 @@ class Response:
     body is refused.
     """
 
-    def __init__(self, raw: "BaseHTTPResponse", url: str, stats: TransportStats) -> None:
+    def __init__(
+        self,
+        raw: "BaseHTTPResponse",
+        url: str,
+        stats: TransportStats,
+        cancellation: Cancellation | None = None,
+    ) -> None:
         self._raw = raw
         self._stats = stats
+        self._cancellation = cancellation
         self._complete = False
         self._broken = False
         self.url = url
@@ -104,6 +115,8 @@ class Response:
             data = self._raw.read(size, decode_content=False)
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError) as error:
             self._broken = True
+            if self._cancellation is not None:
+                self._cancellation.check()
             self._stats.add("connection_errors")
             plain_http = self.url.startswith("http:")
             raise connection_error(
@@ -144,6 +157,8 @@ class Response:
 
     def close(self) -> None:
         """Returns the connection to the pool, or drops it when much of the body is unread."""
+        if self._cancellation is not None:
+            self._cancellation.watch(None)  # the pool may give the socket to another request
         left = self._raw.length_remaining
         if not self._broken and (self._complete or (left is not None and left <= DRAIN_MAX)):
             self._raw.drain_conn()

@@ -3,7 +3,8 @@
 import logging
 import threading
 from collections import OrderedDict
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from imgsnap.digest import Digest, parse_digest, sha256_digest
 from imgsnap.errors import (
@@ -16,6 +17,7 @@ from imgsnap.errors import (
     NotFound,
 )
 from imgsnap.oci.blob_files import BlobFile, BlobFiles, FileStream
+from imgsnap.oci.cancellation import Cancellation
 from imgsnap.oci.manifest import (
     Document,
     ImageIndex,
@@ -33,7 +35,15 @@ from imgsnap.oci.media_types import (
 )
 from imgsnap.oci.reference import DEFAULT_TAG
 from imgsnap.oci.registry_referrers import fallback_tag
-from imgsnap.oci.repository import MANIFEST_SIZE_MAX, ByteStream, Descriptor, RawManifest
+from imgsnap.oci.repository import (
+    MANIFEST_SIZE_MAX,
+    ByteStream,
+    Descriptor,
+    RangeBytes,
+    RangeStream,
+    RawManifest,
+    check_range,
+)
 
 REFERRERS_CACHED_MAX = 65_536
 """Parsed manifests remembered by digest; they cannot change under their digest."""
@@ -88,15 +98,25 @@ class LocalReader:
 
         Raises InvalidArgument for a range outside the blob.
         """
-        if offset < 0 or length < 0 or offset + length > descriptor.size:
-            raise InvalidArgument(
-                f"bytes [{offset}, {offset + length}) of a blob of {descriptor.size}"
-            )
+        check_range(descriptor, offset, length)
         file = self._open(descriptor)
         try:
             return file.read_at(offset, length) if length else b""
         finally:
             file.close()
+
+    @contextmanager
+    def open_range(
+        self,
+        descriptor: Descriptor,
+        offset: int,
+        length: int,
+        *,
+        cancellation: Cancellation | None = None,
+        second: bool = False,
+    ) -> Iterator[RangeStream]:
+        """As `read_range`: a file is read at once."""
+        yield RangeBytes(self.name, self.read_range(descriptor, offset, length))
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Whether the blob is there with the descriptor's size; its bytes are not hashed."""

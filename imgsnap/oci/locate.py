@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from imgsnap.errors import InvalidArgument
-from imgsnap.oci.auth import Authenticator
 from imgsnap.oci.connections import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, ConnectionOptions
-from imgsnap.oci.credentials import CredentialSource
 from imgsnap.oci.reference import (
     DockerArchiveLocation,
     LayoutLocation,
@@ -22,7 +20,6 @@ from imgsnap.oci.retry import RetryPolicy
 
 if TYPE_CHECKING:
     from imgsnap.oci.local_reader import LocalReader
-    from imgsnap.oci.registry import RegistryRepository
 
 # Each kind of repository is imported where it is opened: a mount pays for one of them only.
 
@@ -41,15 +38,17 @@ class RegistryOptions:
     connect_timeout_s: float = CONNECT_TIMEOUT_S
     read_timeout_s: float = READ_TIMEOUT_S
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    hosts_dir: Path | None = None  # of hosts.toml files, one directory per registry
 
     def connection_options(self) -> ConnectionOptions:
         """The part that concerns connections. Raises InvalidArgument when it is contradictory."""
+        if self.key_file is not None and self.cert_file is None:
+            raise InvalidArgument("--key-file without --cert-file")
         return ConnectionOptions(
             plain_http=self.plain_http,
             insecure=self.insecure,
             ca_file=self.ca_file,
-            cert_file=self.cert_file,
-            key_file=self.key_file,
+            client_pairs=((self.cert_file, self.key_file),) if self.cert_file else (),
             headers=self.headers,
             connect_timeout_s=self.connect_timeout_s,
             read_timeout_s=self.read_timeout_s,
@@ -85,7 +84,10 @@ def open_repository(
     `create` with an archive. The caller closes the repository.
     """
     if isinstance(location, RegistryLocation):
-        return _open_registry(location, options, environ), location.reference
+        from imgsnap.oci.mirrors import open_registry
+
+        opened = open_registry(location, options, environ, writable=create)
+        return opened, location.reference
     from imgsnap.oci.layout import LayoutRepository
 
     match location:
@@ -113,23 +115,6 @@ def reference_of(location: Location) -> str:
     repository, reference = _open_local(location)
     repository.close()
     return reference
-
-
-def _open_registry(
-    location: RegistryLocation, options: RegistryOptions, environ: Mapping[str, str]
-) -> "RegistryRepository":
-    from imgsnap.oci.registry import RegistryRepository
-    from imgsnap.oci.transport import Transport
-
-    credentials = CredentialSource(environ, options.registry_config)
-    transport = Transport(
-        location.registry,
-        Authenticator(credentials, clock=options.retry.clock),
-        options.connection_options(),
-        environ=environ,
-        retry=options.retry,
-    )
-    return RegistryRepository(transport, location.repository, owns_transport=True)
 
 
 def _open_local(

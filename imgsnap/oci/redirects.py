@@ -3,7 +3,7 @@
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 REDIRECT_TTL_S = 120.0
 """GHCR's signed URLs live about 300 s; others 600 s and more. Half of the shortest is safe."""
@@ -37,6 +37,17 @@ class RedirectCache:
         """Drops a target that has stopped working."""
         with self._lock:
             self._targets.pop(key, None)
+
+
+def absolute_url(base: str, location: str) -> str | None:
+    """What a Location header or a realm means; None when that is no http(s) URL of a host."""
+    try:
+        url = urljoin(base, location)
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # http://[ and ports beyond 65535
+        return None
+    return url if usable else None
 
 
 def same_origin(url: str, other: str) -> bool:

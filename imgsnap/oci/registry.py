@@ -7,34 +7,38 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from urllib.parse import quote, urljoin
+from urllib.parse import quote
 
 from imgsnap.digest import Digest, parse_digest, sha256_digest
 from imgsnap.errors import (
     DigestMismatch,
     FormatError,
-    InvalidArgument,
     LimitExceeded,
     Unavailable,
 )
 from imgsnap.oci import registry_upload
 from imgsnap.oci.auth import Scope
+from imgsnap.oci.cancellation import Cancellation
+from imgsnap.oci.connections import RANGE_TIMEOUT_S
 from imgsnap.oci.http_errors import RegistryUnavailable, redact
 from imgsnap.oci.http_message import Request, Response
 from imgsnap.oci.manifest import Document, describe, parse_document, parse_json_object
 from imgsnap.oci.media_types import MANIFEST_ACCEPT
-from imgsnap.oci.redirects import same_origin
+from imgsnap.oci.redirects import absolute_url, same_origin
 from imgsnap.oci.reference import parse_tag
 from imgsnap.oci.registry_referrers import ReferrerLists
-from imgsnap.oci.registry_stream import BlobStream, check_range_answer
+from imgsnap.oci.registry_stream import BlobStream, RangeReader
 from imgsnap.oci.repository import (
     MANIFEST_SIZE_MAX,
     ByteStream,
     Descriptor,
-    RangeUnsupported,
+    RangeBytes,
+    RangeStream,
     RawManifest,
     Repository,
+    check_range,
 )
 from imgsnap.oci.transport import Transport
 
@@ -50,7 +54,8 @@ _log = logging.getLogger(__name__)
 class RegistryRepository:
     """Implements WritableRepository over a Transport, which repositories may share.
 
-    `owns_transport`: close() closes the transport too. Thread safe.
+    `owns_transport`: close() closes the transport too. `scoped` is its name for token servers.
+    Thread safe.
     """
 
     def __init__(
@@ -59,7 +64,8 @@ class RegistryRepository:
         self.transport = transport
         self.repository = repository
         self._owns_transport = owns_transport
-        self._pull = Scope.pull(repository)
+        self.scoped = transport.endpoint.repository(repository)
+        self._pull = Scope.pull(self.scoped)
         self._referrers = ReferrerLists(self)
 
     @property
@@ -127,32 +133,39 @@ class RegistryRepository:
             stream.close()
 
     def read_range(self, descriptor: Descriptor, offset: int, length: int) -> bytes:
-        """Exactly bytes [offset, offset + length) of a blob; not verified.
+        """Exactly bytes [offset, offset + length) of a blob; not verified. See open_range."""
+        with self.open_range(descriptor, offset, length) as stream:
+            return stream.read(length)
 
-        Always a closed range, since some servers answer 416 to an open one. Raises
-        RangeUnsupported when the answer is another part than asked, or the whole blob (which is
-        then not read), and InvalidArgument for a range outside the blob.
+    @contextmanager
+    def open_range(
+        self,
+        descriptor: Descriptor,
+        offset: int,
+        length: int,
+        *,
+        cancellation: Cancellation | None = None,
+        second: bool = False,
+    ) -> Iterator[RangeStream]:
+        """Bytes [offset, offset + length) of a blob as they come in; not verified.
+
+        Raises RangeUnsupported when the answer is another part than asked, or the whole blob (which
+        is then not read), and InvalidArgument for a range outside the blob.
         """
-        if offset < 0 or length < 0 or offset + length > descriptor.size:
-            raise InvalidArgument(
-                f"bytes [{offset}, {offset + length}) of a blob of {descriptor.size}"
-            )
+        check_range(descriptor, offset, length)
         if length == 0:
-            return b""
-        headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
-        request = self._blob_request(descriptor, headers, frozenset({200, 206}))
-
-        def consume(response: Response) -> bytes:
-            if response.status == 206:
-                check_range_answer(response, offset, length, descriptor)
-            elif length != descriptor.size:
-                raise RangeUnsupported(
-                    f"{redact(response.url)}: the server sends the whole blob for a range",
-                    hint="a pull-through cache does so until it holds the blob",
-                )
-            return response.exactly(length)
-
-        return self.transport.exchange(request, consume)
+            yield RangeBytes(self.transport.host, b"")
+            return
+        request = replace(
+            self._blob_request(descriptor, None, frozenset({200, 206})),
+            cancellation=cancellation,
+            timeout_s=RANGE_TIMEOUT_S,
+        )
+        stream = RangeReader(self.transport, request, descriptor, offset, length)
+        try:
+            yield stream
+        finally:
+            stream.close()
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Whether the registry has the blob.
@@ -256,8 +269,8 @@ def next_page(response: Response) -> str | None:
     match = _LINK.search(response.headers.get("link", "")[:16384])
     if not match:
         return None
-    target: str = urljoin(response.url, match[1])
-    if not same_origin(target, response.url):
+    target = absolute_url(response.url, match[1])
+    if target is None or not same_origin(target, response.url):
         raise Unavailable(f"{redact(response.url)}: the next page is on another server")
     return target
 

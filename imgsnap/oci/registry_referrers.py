@@ -98,7 +98,7 @@ class ReferrerLists:
             request = Request(
                 "GET",
                 target,
-                Scope.pull(repository.repository),
+                Scope.pull(repository.scoped),
                 headers={"Accept": OCI_INDEX},
                 accept=NO_API_STATUSES | {200},
             )

@@ -1,6 +1,7 @@
 """A registry's blob as a stream that survives broken connections."""
 
 import re
+from dataclasses import replace
 
 from imgsnap.errors import IntegrityError, Unavailable
 from imgsnap.oci.http_errors import RegistryUnavailable, redact
@@ -36,6 +37,85 @@ def check_range_answer(
         raise RangeUnsupported(f"{url}: {response.content_length} bytes for a range of {length}")
 
 
+class RangeReader:
+    """Reads bytes [offset, offset + length) of a blob; a RangeStream. Not thread safe.
+
+    A transfer that breaks off continues at the byte where it broke; one that stalls, after the last
+    piece read. Always closed ranges, since some servers answer 416 to an open one.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        request: Request,
+        descriptor: Descriptor,
+        offset: int,
+        length: int,
+    ) -> None:
+        self.host = transport.host
+        self._transport = transport
+        self._request = request
+        self._descriptor = descriptor
+        self._offset = offset
+        self._end = offset + length
+        self._attempts = Attempts(transport.retry, request.cancellation)
+        self._response: Response | None = self._open()
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes, fewer at the end of the range only.
+
+        Raises Unavailable when the transfer breaks and cannot be resumed, RangeUnsupported when the
+        server does not resume it.
+        """
+        parts: list[bytes] = []
+        left = min(size, self._end - self._offset)
+        while left:
+            response = self._response or self._open()
+            self._response = response
+            try:
+                data = response.read(left)
+                if not data:
+                    raise RegistryUnavailable(
+                        f"{redact(response.url)}: ended {self._end - self._offset} bytes early"
+                    )
+            except Unavailable as error:
+                self.close()
+                self._transport.failed(self._attempts, error, self._request)
+                continue
+            self._attempts.progressed()
+            self._transport.answered()
+            self._offset += len(data)
+            left -= len(data)
+            parts.append(data)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def reject(self) -> None:
+        """Nothing to be done: there is no other host."""
+
+    def close(self) -> None:
+        """Gives the connection back, or up when the range was not read to its end."""
+        if self._response is not None:
+            self._response.close()
+            self._response = None
+
+    def _open(self) -> Response:
+        headers = {"Range": f"bytes={self._offset}-{self._end - 1}"}
+        response = self._transport.open(replace(self._request, headers=headers))
+        try:
+            length = self._end - self._offset
+            if response.status == 206:
+                check_range_answer(response, self._offset, length, self._descriptor)
+            elif length != self._descriptor.size or response.content_length not in (None, length):
+                raise RangeUnsupported(
+                    f"{redact(response.url)}: the server sends the whole blob for a range",
+                    hint="a pull-through cache does so until it holds the blob",
+                )
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+
 class BlobStream:
     """Reads a blob from its start; a ByteStream. Not thread safe.
 
@@ -69,8 +149,7 @@ class BlobStream:
                 return self._read_once(size)
             except Unavailable as error:
                 self.close()
-                self._attempts.failed(error)
-                self._transport.stats.add("retries")
+                self._transport.failed(self._attempts, error, self._request)
 
     def close(self) -> None:
         """Gives the connection back, or up when the blob was not read to its end."""
@@ -91,6 +170,7 @@ class BlobStream:
         if data:
             self._offset += len(data)
             self._attempts.progressed()
+            self._transport.answered()
         return data
 
     def _open(self) -> Response:

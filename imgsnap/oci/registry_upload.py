@@ -23,6 +23,7 @@ from imgsnap.errors import (
 from imgsnap.oci.auth import Scope
 from imgsnap.oci.http_errors import RegistryRejected, redact
 from imgsnap.oci.http_message import Body, Request, Response
+from imgsnap.oci.redirects import absolute_url
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.oci.retry import Attempts
 
@@ -56,7 +57,7 @@ def mount(repository: "RegistryRepository", descriptor: Descriptor, source: str)
 
     Every refusal is False: the caller then copies, and meets the reason if it matters.
     """
-    scope = Scope.push(repository.repository) | Scope.pull(source)
+    scope = Scope.push(repository.scoped) | Scope.pull(source)
     query = urlencode({"mount": descriptor.digest, "from": source})
     request = Request(
         "POST", f"{repository.url('blobs', 'uploads/')}?{query}", scope, accept=_CREATED
@@ -84,7 +85,7 @@ def put_manifest(repository: "RegistryRepository", manifest: RawManifest, refere
     request = Request(
         "PUT",
         repository.url("manifests", reference),
-        Scope.push(repository.repository),
+        Scope.push(repository.scoped),
         headers={"Content-Type": descriptor.media_type},
         body=Body.of_bytes(manifest.raw),
         accept=_CREATED,
@@ -116,7 +117,7 @@ def _begin(repository: "RegistryRepository") -> str:
     request = Request(
         "POST",
         repository.url("blobs", "uploads/"),
-        Scope.push(repository.repository),
+        Scope.push(repository.scoped),
         accept=frozenset({202, 201, 200}),
     )
     _, location = repository.transport.exchange(request, _status_and_location)
@@ -132,7 +133,7 @@ def _put(
     request = Request(
         "PUT",
         f"{session}{separator}{urlencode({'digest': descriptor.digest})}",
-        Scope.push(repository.repository),
+        Scope.push(repository.scoped),
         headers={"Content-Type": "application/octet-stream"},
         body=body,
         accept=_CREATED,
@@ -143,9 +144,7 @@ def _put(
 
 def _cancel(repository: "RegistryRepository", location: str) -> None:
     url = repository.transport.resolve_upload(location, repository.transport.origin + "/")
-    request = Request(
-        "DELETE", url, Scope.push(repository.repository), accept=_CREATED, retry=False
-    )
+    request = Request("DELETE", url, Scope.push(repository.scoped), accept=_CREATED, retry=False)
     repository.transport.exchange(request, lambda response: response.read_up_to(65536))
 
 
@@ -161,7 +160,5 @@ def _status_and_location(response: Response) -> tuple[int, str]:
     location = response.headers.get("location", "")
     if location and not location.startswith(("http://", "https://", "/")):
         # Relative to the request's own path, which the caller no longer knows.
-        from urllib.parse import urljoin
-
-        location = urljoin(response.url, location)
+        location = absolute_url(response.url, location) or location
     return response.status, location

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from imgsnap.digest import Digest
-from imgsnap.errors import ImgsnapError
+from imgsnap.errors import ImgsnapError, InvalidArgument
+from imgsnap.oci.cancellation import Cancellation
 
 MANIFEST_SIZE_MAX = 4 << 20
 """Largest manifest or index we read: distribution-spec 1.1 asks registries to take 4 MiB."""
@@ -59,6 +60,45 @@ class ByteStream(Protocol):
         """Up to `size` bytes; b"" at the end. Raises Unavailable when the transfer breaks."""
 
 
+class RangeStream(Protocol):
+    """Part of a blob, being read from its start."""
+
+    @property
+    def host(self) -> str:
+        """Who sends it, for the counters."""
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes as soon as they are here; fewer at the end of the part only.
+
+        Raises Unavailable when the transfer breaks, and what `Repository.open_range` raises.
+        """
+
+    def reject(self) -> None:
+        """The bytes turned out to be damaged: another host is asked first for a while."""
+
+
+class RangeBytes:
+    """A RangeStream of bytes that are here already."""
+
+    def __init__(self, host: str, data: bytes) -> None:
+        self.host = host
+        self._data = data
+        self._offset = 0
+
+    def read(self, size: int) -> bytes:
+        start, self._offset = self._offset, self._offset + size
+        return self._data[start : start + size]
+
+    def reject(self) -> None:
+        """Nothing to be done: there is no other host."""
+
+
+def check_range(descriptor: Descriptor, offset: int, length: int) -> None:
+    """Raises InvalidArgument for a range outside the blob."""
+    if offset < 0 or length < 0 or offset + length > descriptor.size:
+        raise InvalidArgument(f"bytes [{offset}, {offset + length}) of a blob of {descriptor.size}")
+
+
 class Repository(Protocol):
     """Reads. Every method raises NotFound, AccessDenied, Unavailable or IntegrityError."""
 
@@ -80,6 +120,18 @@ class Repository(Protocol):
 
         Raises RangeUnsupported when the server sends the whole blob instead.
         """
+
+    def open_range(
+        self,
+        descriptor: Descriptor,
+        offset: int,
+        length: int,
+        *,
+        cancellation: Cancellation | None = None,
+        second: bool = False,
+    ) -> AbstractContextManager[RangeStream]:
+        """As `read_range`, in pieces. `cancellation` ends it from another thread. `second` says
+        that another request for these bytes is under way: another host is preferred."""
 
     def has_blob(self, descriptor: Descriptor) -> bool: ...
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from imgsnap.errors import ImgsnapError
+from imgsnap.oci.cancellation import Cancellation
 from imgsnap.oci.http_errors import RegistryUnavailable
 
 
@@ -33,14 +34,20 @@ class RetryPolicy:
 class Attempts:
     """The attempts of one request: call `failed` after each failure, then try again."""
 
-    def __init__(self, policy: RetryPolicy) -> None:
+    def __init__(self, policy: RetryPolicy, cancellation: Cancellation | None = None) -> None:
         self._policy = policy
+        self._cancellation = cancellation
         self._made = 0
         self._started_s = policy.clock()
 
     def failed(self, error: ImgsnapError) -> None:
-        """Sleeps before the next attempt, or raises `error` when there shall be none."""
-        policy = self._policy
+        """Sleeps before the next attempt, or raises `error` when there shall be none.
+
+        Raises Cancelled when the request is given up meanwhile.
+        """
+        policy, cancellation = self._policy, self._cancellation
+        if cancellation is not None:
+            cancellation.check()
         self._made += 1
         if not error.retryable or self._made >= policy.attempts_max:
             raise error
@@ -53,7 +60,12 @@ class Attempts:
             wait_s = max(wait_s, min(asked_s, policy.retry_after_max_s))
         if policy.clock() - self._started_s + wait_s > policy.deadline_s:
             raise error
-        policy.sleep(wait_s)
+        if cancellation is None:
+            policy.sleep(wait_s)
+        elif cancellation.allows(wait_s):
+            cancellation.wait(wait_s)
+        else:
+            raise error
 
     def progressed(self) -> None:
         """Forgets past failures: the transfer moved on, so its next break is a first one."""

@@ -17,11 +17,13 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TypeVar
-from urllib.parse import urljoin, urlsplit, urlunsplit
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlencode, urljoin, urlsplit, urlunsplit
 
 from imgsnap.errors import AccessDenied, ImgsnapError, Unavailable
 from imgsnap.oci.auth import TOKEN_ANSWER_MAX, Authenticator, TokenRequest
+from imgsnap.oci.cancellation import Cancelled, covering
 from imgsnap.oci.connections import ConnectionOptions, Connections
 from imgsnap.oci.http_errors import (
     ERROR_BODY_MAX,
@@ -33,10 +35,14 @@ from imgsnap.oci.http_errors import (
     refusal_error,
 )
 from imgsnap.oci.http_message import Body, Request, Response, TransportStats
-from imgsnap.oci.redirects import RedirectCache, same_origin
+from imgsnap.oci.redirects import RedirectCache, absolute_url, same_origin
 from imgsnap.oci.reference import DOCKER_HUB, DOCKER_HUB_WIRE, is_loopback
 from imgsnap.oci.retry import Attempts, RetryPolicy, retry_after_s
 
+if TYPE_CHECKING:
+    from urllib3.response import BaseHTTPResponse
+
+API = "/v2"
 REDIRECTS_MAX = 5
 _REDIRECT_STATUSES = frozenset({301, 302, 303, 307, 308})
 _TARGET_EXPIRED = frozenset({400, 401, 403, 404, 410})
@@ -47,10 +53,36 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a registry's API is served. `api` is the path in place of ``/v2``; `namespace` names
+    the registry to a mirror of several, in the query's ``ns``."""
+
+    host: str
+    api: str = API
+    namespace: str = ""
+
+    def url(self, origin: str, target: str) -> str:
+        """The absolute URL of a request's target."""
+        if not target.startswith(f"{API}/"):
+            return urljoin(origin, target)
+        url = f"{origin}{self.api}{target.removeprefix(API)}"
+        if self.namespace:
+            url += ("&" if "?" in url else "?") + urlencode({"ns": self.namespace})
+        return url
+
+    def repository(self, name: str) -> str:
+        """A repository's name in the words of the endpoint's token server: with the part of the
+        path that leads to it, such as Harbor's project of a proxy cache."""
+        prefix = self.api.partition(f"{API}/")[2]
+        return f"{prefix}/{name}" if prefix else name
+
+
 class Transport:
     """Requests to one registry. Thread safe; close() drops idle connections.
 
-    `registry` is the name in references (``docker.io``, ``host:port``).
+    `registry` is the name in references (``docker.io``, ``host:port``). A mirror of it has another
+    `endpoint`; credentials are then those for the mirror's host.
     """
 
     def __init__(
@@ -62,6 +94,7 @@ class Transport:
         environ: Mapping[str, str] | None = None,
         retry: RetryPolicy | None = None,
         stats: TransportStats | None = None,
+        endpoint: Endpoint | None = None,
     ) -> None:
         self.registry = registry
         self.retry = retry or RetryPolicy()
@@ -69,7 +102,9 @@ class Transport:
         self._authenticator = authenticator
         self._options = options or ConnectionOptions()
         self._connections = Connections(self._options, environ or {})
-        self._host = DOCKER_HUB_WIRE if registry == DOCKER_HUB else registry
+        wire = DOCKER_HUB_WIRE if registry == DOCKER_HUB else registry
+        self._endpoint = endpoint or Endpoint(wire)
+        self._host = self._endpoint.host
         self._plain_http = self._options.plain_http
         self._redirects = RedirectCache(self.retry.clock)
         self._away = False
@@ -81,6 +116,15 @@ class Transport:
         """``scheme://host[:port]`` of the registry; loopback may turn from https to http once."""
         return f"{'http' if self._plain_http else 'https'}://{self._host}"
 
+    @property
+    def endpoint(self) -> Endpoint:
+        return self._endpoint
+
+    @property
+    def host(self) -> str:
+        """``host[:port]`` as it is connected to."""
+        return self._host
+
     def exchange(self, request: Request, consume: Callable[[Response], _Result]) -> _Result:
         """Sends a request and returns what `consume` makes of the answer.
 
@@ -88,7 +132,7 @@ class Transport:
         called again when it raises something retryable. Raises the errors of http_errors for
         every other status.
         """
-        attempts = Attempts(self.retry)
+        attempts = Attempts(self.retry, request.cancellation)
         while True:
             try:
                 with self._send_authorized(request) as response:
@@ -96,21 +140,20 @@ class Transport:
                 self._away = False
                 return result
             except Unavailable as error:
-                self._failed(attempts, error, request)
+                self.failed(attempts, error, request)
 
     def open(self, request: Request) -> Response:
         """Sends a request and returns the open answer; the caller closes it and reads the body.
 
-        Retries end with the headers: what breaks later is the caller's to resume.
+        Retries end with the headers: what breaks later is the caller's to resume. It tells of the
+        body by `answered` and `failed`.
         """
-        attempts = Attempts(self.retry)
+        attempts = Attempts(self.retry, request.cancellation)
         while True:
             try:
-                response = self._send_authorized(request)
-                self._away = False
-                return response
+                return self._send_authorized(request)
             except Unavailable as error:
-                self._failed(attempts, error, request)
+                self.failed(attempts, error, request)
 
     def resolve_upload(self, location: str, base: str) -> str:
         """The absolute URL of an upload session from its Location header (often relative).
@@ -118,10 +161,10 @@ class Transport:
         A registry behind a TLS proxy may name itself with http://; the request stays on https.
         Raises Unavailable when the answer names no http(s) URL.
         """
-        url = urljoin(base, location)
-        parts, here = urlsplit(url), urlsplit(base)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        url = absolute_url(base, location)
+        if url is None:
             raise Unavailable(f"{redact(base)}: the upload's Location {location[:200]!r} is no URL")
+        parts, here = urlsplit(url), urlsplit(base)
         if (parts.scheme, here.scheme) == ("http", "https") and parts.hostname == here.hostname:
             return urlunsplit(("https", here.netloc, parts.path, parts.query, ""))
         return url
@@ -130,7 +173,14 @@ class Transport:
         """Closes idle connections."""
         self._connections.close()
 
-    def _failed(self, attempts: Attempts, error: Unavailable, request: Request) -> None:
+    def answered(self) -> None:
+        """Bytes of a body have come: the registry is not away."""
+        self._away = False
+
+    def failed(self, attempts: Attempts, error: Unavailable, request: Request) -> None:
+        """Waits before the request is tried again, or raises `error` when there is no use."""
+        if isinstance(error, Cancelled):
+            raise error
         answered = isinstance(error, RegistryUnavailable) and error.refusal is not None
         if not request.retry or (self._away and not answered):
             raise error
@@ -189,7 +239,7 @@ class Transport:
         return response
 
     def _follow(self, request: Request, authorization: str | None) -> Response:
-        url = urljoin(self.origin, request.target)
+        url = self._endpoint.url(self.origin, request.target)
         for _ in range(REDIRECTS_MAX + 1):
             header = authorization if same_origin(url, self.origin) else None
             response = self._send_once(request, url, header)
@@ -204,13 +254,12 @@ class Transport:
         raise Unavailable(f"{request.method} {redact(url)}: more than {REDIRECTS_MAX} redirects")
 
     def _checked_redirect(self, base: str, location: str) -> str:
-        url = urljoin(base, location)
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        url = absolute_url(base, location)
+        if url is None:
             raise AccessDenied(
                 f"{redact(base)} redirects to {location[:200]!r}, not an http(s) URL"
             )
-        downgrade = parts.scheme == "http" and urlsplit(base).scheme == "https"
+        downgrade = url.startswith("http:") and urlsplit(base).scheme == "https"
         if downgrade and not self._options.insecure:
             raise AccessDenied(
                 f"{redact(base)} redirects from https to {redact(url)}",
@@ -225,7 +274,7 @@ class Transport:
         if authorization is not None:
             headers["Authorization"] = authorization
         try:
-            return self._raw_send(request.method, url, headers, request.body)
+            return self._raw_send(request, url, headers)
         except ImgsnapError:
             raise
         except Exception as error:
@@ -236,6 +285,8 @@ class Transport:
                 )
             if not _is_connection_failure(error):
                 raise
+            if request.cancellation is not None:
+                request.cancellation.check()
             self.stats.add("connection_errors")
             raise connection_error(
                 error, method=request.method, url=url, plain_http=url.startswith("http:")
@@ -250,24 +301,31 @@ class Transport:
         self._plain_http = True
         return True
 
-    def _raw_send(
-        self, method: str, url: str, headers: dict[str, str], body: Body | None
-    ) -> Response:
-        manager = self._connections.manager_for(url)
+    def _raw_send(self, request: Request, url: str, headers: dict[str, str]) -> Response:
+        cancellation = request.cancellation
+        if cancellation is not None:
+            cancellation.check()
         self.stats.add("requests")
+        with covering(cancellation):
+            raw = self._urlopen(request, url, headers)
+        self.stats.add(f"status_{raw.status}")
+        return Response(raw, url, self.stats, cancellation)
+
+    def _urlopen(self, request: Request, url: str, headers: dict[str, str]) -> "BaseHTTPResponse":
+        manager = self._connections.manager_for(url)
+        method, body = request.method, request.body
+        settings = dict(_STREAMED)
+        if request.timeout_s is not None:
+            settings["timeout"] = self._connections.timeout(request.timeout_s)
         if body is None:
             # POST without a body must still say so: some servers wait for one otherwise.
             extra = {"Content-Length": "0"} if method in ("POST", "PUT") else {}
-            raw = manager.urlopen(method, url, headers=headers | extra, redirect=False, **_STREAMED)
-        else:
-            with body.open() as stream:
-                length = {"Content-Length": str(body.size)}
-                raw = manager.urlopen(
-                    method, url, body=stream, headers=headers | length, redirect=False, **_STREAMED
-                )
-            self.stats.add("bytes_sent", body.size)
-        self.stats.add(f"status_{raw.status}")
-        return Response(raw, url, self.stats)
+            return manager.urlopen(method, url, headers=headers | extra, **settings)
+        with body.open() as stream:
+            length = {"Content-Length": str(body.size)}
+            raw = manager.urlopen(method, url, body=stream, headers=headers | length, **settings)
+        self.stats.add("bytes_sent", body.size)
+        return raw
 
     def _fetch_token(self, token: TokenRequest) -> bytes:
         secret = token.form is not None or "Authorization" in token.headers
@@ -288,7 +346,7 @@ class Transport:
                         raise self._refusal(response, request)
                     return response.body(TOKEN_ANSWER_MAX)
             except Unavailable as error:
-                self._failed(attempts, error, request)
+                self.failed(attempts, error, request)
 
     def _refusal(self, response: Response, request: Request) -> ImgsnapError:
         body = b""
@@ -309,7 +367,7 @@ class Transport:
                 _log.warning("%s warns: %s", self.registry, text[:1000])
 
 
-_STREAMED = {"preload_content": False, "decode_content": False}
+_STREAMED: dict[str, Any] = {"preload_content": False, "decode_content": False, "redirect": False}
 
 
 def _is_connection_failure(error: Exception) -> bool:

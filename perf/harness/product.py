@@ -12,6 +12,7 @@ _FLAGS = {
     "cert_file": None,
     "key_file": None,
     "registry_config": None,
+    "hosts_dir": None,
     "headers": (),
 }
 

@@ -32,10 +32,12 @@ def open_store(
     threads: int = 8,
     readahead_max: int = 0,
     deadline_s: float = 20.0,
+    prefetch: str = "off",
+    prefetch_rate: int = 0,
 ) -> Iterator[OpenStore]:
     """Everything a server has; without readahead unless asked for, to keep request logs exact."""
     store = BlockStore(NodeCache(cache_dir), fetch_threads=threads)
-    options = ReadOptions(readahead_max=readahead_max, deadline_s=deadline_s)
+    options = ReadOptions(readahead_max, deadline_s, prefetch, prefetch_rate)
     device = store.open(repository, reference, options=options)
     reader = device.reader
     try:

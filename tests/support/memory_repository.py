@@ -9,7 +9,15 @@ from io import BytesIO
 
 from imgsnap.digest import Digest
 from imgsnap.errors import DigestMismatch, LimitExceeded, NotFound, Unavailable
-from imgsnap.oci.repository import ByteStream, Descriptor, RangeUnsupported, RawManifest
+from imgsnap.oci.cancellation import Cancellation
+from imgsnap.oci.repository import (
+    ByteStream,
+    Descriptor,
+    RangeBytes,
+    RangeStream,
+    RangeUnsupported,
+    RawManifest,
+)
 from tests.support.snapshots import BuiltSnapshot
 
 
@@ -113,6 +121,18 @@ class MemoryRepository:
         if offset + length > len(data):
             raise AssertionError("a range outside of its blob")
         return self._damaged(data[offset : offset + length])
+
+    @contextmanager
+    def open_range(
+        self,
+        descriptor: Descriptor,
+        offset: int,
+        length: int,
+        *,
+        cancellation: Cancellation | None = None,
+        second: bool = False,
+    ) -> Iterator[RangeStream]:
+        yield RangeBytes(self._name, self.read_range(descriptor, offset, length))
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         return descriptor.digest in self.blobs

@@ -17,8 +17,9 @@ import json
 import ssl
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
@@ -38,6 +39,8 @@ class Switches:
     truncate_times: int = 0  # a shorter body with a Content-Length to match
     drop_times: int = 0  # closes the connection in the middle of a body
     drop_after: int = 10  # bytes sent before that
+    stall_times: int = 0  # sends nothing, …
+    stall_after: int | None = None  # … after these bytes of the body; None: not even headers
     corrupt: set[str] = field(default_factory=set)  # digests whose bytes are wrong
     redirect_blobs: bool = False  # to signed URLs on another host: GHCR, ECR, Docker Hub
     redirect_uses: int | None = None  # a signed URL dies after so many requests
@@ -121,6 +124,9 @@ class ScriptedRegistry:
         self._sessions: dict[str, bytes] = {}
         self._tokens: dict[str, int] = {}
         self._signed: dict[str, tuple[str, int, float]] = {}
+        self.stalled = threading.Semaphore(0)  # released once per stall
+        self._closing = threading.Event()
+        self.faults: deque[str] = deque()  # of FAULTS: one for each blob that is asked for, in turn
         self._tls = tls
         self._servers = [self._server("registry"), self._server("storage")]
         self._threads: list[threading.Thread] = []
@@ -186,6 +192,7 @@ class ScriptedRegistry:
         problem: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._closing.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -215,6 +222,19 @@ class ScriptedRegistry:
     def _repository(self, name: str) -> _Repository:
         with self._lock:
             return self._repositories.setdefault(name, _Repository())
+
+    def next_fault(self, request: "_Handler") -> str:
+        """What happens to this request, if it asks for a blob; called with the lock held."""
+        if request.command != "GET" or not self.faults:
+            return ""
+        if "/blobs/" not in request.path and request.server_kind != "storage":
+            return ""
+        fault = self.faults.popleft()
+        if fault == "token expired":
+            self._tokens.clear()
+        if fault == "redirects expired":
+            self._signed.clear()
+        return fault
 
     def answer(self, request: "_Handler", body: bytes) -> Answer:
         """Decides what a request gets; called with the lock held."""
@@ -280,7 +300,7 @@ class ScriptedRegistry:
         identity = form.get("refresh_token") == ["identity"]
         if said != right and not identity:
             return error(401, "UNAUTHORIZED", "wrong password")
-        token = f"token-{len(self._tokens)}"
+        token = f"token-{time.monotonic_ns()}"
         uses = self.switches.token_uses
         self._tokens[token] = 1 << 30 if uses is None else uses
         value = {"token": token, "expires_in": self.switches.token_expires_in}
@@ -330,7 +350,8 @@ class ScriptedRegistry:
             data = bytes([data[0] ^ 1]) + data[1:]
         headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": digest}
         wanted = request.headers.get("Range")
-        if not wanted or self.switches.ignore_ranges:
+        whole = self.faults and self.faults[0] == "whole blob"
+        if not wanted or self.switches.ignore_ranges or whole:
             return Answer(200, headers, data)
         first, _, last = wanted.removeprefix("bytes=").partition("-")
         if not last and self.switches.refuse_open_ranges:
@@ -499,6 +520,31 @@ class ScriptedRegistry:
         return entries
 
 
+FAULTS = (
+    *("delay", "hang up", "no HTTP", "stall", "stall in the middle", "drop"),
+    *("truncate", "wrong range", "wrong bytes", "whole blob", "no such range"),
+    *("too many requests", "unavailable", "token expired", "redirects expired"),
+)
+"""What can happen to one request for a blob."""
+
+
+def spoilt(answer: Answer, fault: str) -> Answer:
+    """An answer with what a fault does to it; faults of the connection are not its business."""
+    if fault == "truncate":
+        return replace(answer, body=answer.body[: len(answer.body) // 2])
+    if fault == "wrong range":
+        return replace(answer, headers={**answer.headers, "Content-Range": "bytes 1-2/3"})
+    if fault == "wrong bytes":
+        return replace(answer, body=answer.body[::-1])
+    if fault == "no such range":
+        return error(416, "BLOB_UNKNOWN")
+    if fault == "too many requests":
+        return error(429, "TOOMANYREQUESTS", Retry_After="0")
+    if fault == "unavailable":
+        return error(503, "UNAVAILABLE")
+    return answer
+
+
 class _QuietServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Clients drop connections on purpose here."""
@@ -537,7 +583,9 @@ class _Handler(BaseHTTPRequestHandler):
                 )
             )
             switches = registry.switches
-            body_sent, dropped = answer.body, False
+            body_sent, dropped, stalled = answer.body, False, False
+            fault = registry.next_fault(self) if answer.status in (200, 206) else ""
+            answer = spoilt(answer, fault)
             is_blob = self.command == "GET" and answer.headers.get("Content-Type") == (
                 "application/octet-stream"
             )
@@ -547,9 +595,47 @@ class _Handler(BaseHTTPRequestHandler):
             elif is_blob and switches.drop_times > 0:
                 switches.drop_times -= 1
                 dropped = True
-        self._send(answer, body_sent, dropped, switches)
+            elif is_blob and switches.stall_times > 0:
+                switches.stall_times -= 1
+                stalled = True
+        if fault == "delay":
+            time.sleep(0.05)
+        if fault == "hang up":
+            self.close_connection = True
+            return
+        if fault == "no HTTP":
+            self.wfile.write(b"what is this?\r\n\r\n")
+            self.close_connection = True
+            return
+        if fault == "stall" or (stalled and switches.stall_after is None):
+            self._stall()
+            return
+        if fault in ("drop", "stall in the middle"):
+            switches = replace(switches, drop_after=len(answer.body) // 2)
+            switches.stall_after = switches.drop_after
+            dropped, stalled = fault == "drop", fault != "drop"
+        body_sent = answer.body if fault else body_sent
+        self._send(answer, body_sent, dropped, switches, stalled)
 
-    def _send(self, answer: Answer, body: bytes, dropped: bool, switches: Switches) -> None:
+    def _stall(self) -> None:
+        """Holds the connection until the client closes it, the registry ends, or time is up."""
+        self.scripted.stalled.release()
+        self.close_connection = True
+        self.connection.settimeout(0.05)
+        for _ in range(600):
+            if self.scripted._closing.is_set():
+                return
+            try:
+                self.connection.recv(1)
+                return
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+
+    def _send(
+        self, answer: Answer, body: bytes, dropped: bool, switches: Switches, stalled: bool = False
+    ) -> None:
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
@@ -561,6 +647,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "HEAD":
+            return
+        if stalled:
+            self.wfile.write(body[: switches.stall_after])
+            self.wfile.flush()
+            self._stall()
             return
         if dropped:
             self.wfile.write(body[: switches.drop_after])

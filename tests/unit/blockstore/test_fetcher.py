@@ -251,6 +251,8 @@ def test_an_overdue_read_fails_and_its_late_chunk_is_kept(built, tmp_path):
         outcome = []
         offset = frames(built)[0][0]
         store.reader.fetch(offset, 4096, lambda data, error: outcome.append(error))
+        while not repository.ranges:
+            threading.Event().wait(0.005)
         assert store.fetcher.expire() == 1
         assert isinstance(outcome[0], Unavailable)
         repository.gate.set()
@@ -260,6 +262,24 @@ def test_an_overdue_read_fails_and_its_late_chunk_is_kept(built, tmp_path):
             threading.Event().wait(0.01)
         assert len(outcome) == 1
         assert len(repository.ranges) == 1
+
+
+def test_what_nobody_waits_for_any_more_is_not_asked_for(built, tmp_path):
+    repository = MemoryRepository(built)
+    with open_store(repository, tmp_path, threads=1, deadline_s=-1.0) as store:
+        repository.gate = threading.Event()
+        first, *others = spread(frames(built), 4)
+        store.reader.fetch(first[0], 4096, lambda data, error: None)
+        while not repository.ranges:
+            threading.Event().wait(0.005)
+        for offset, *_ in others:
+            store.reader.fetch(offset, 4096, lambda data, error: None)
+        assert store.fetcher.expire() == 4
+        repository.gate.set()
+        store.reader._deadline_s = 20.0
+        last = frames(built)[-1][0]
+        assert store.reader.read(last, 4096) == built.device[last : last + 4096]
+        assert len(repository.ranges) == 2
 
 
 def test_closing_fails_those_who_wait(built, tmp_path):

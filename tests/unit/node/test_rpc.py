@@ -109,9 +109,7 @@ def test_a_silent_server_is_not_waited_for_for_ever(path):
     listener.close()
 
 
-@pytest.mark.parametrize(
-    "request_", [b"", b"\n", b"[]\n", b"{}\n", b"xx", b"\xff\xfe\n"]
-)
+@pytest.mark.parametrize("request_", [b"", b"\n", b"[]\n", b"{}\n", b"xx", b"\xff\xfe\n"])
 def test_nonsense_is_answered_and_the_server_goes_on(serving, request_):
     with rpc.connect(serving, 5) as connection:
         connection.sendall(request_)

@@ -92,7 +92,7 @@ def test_no_listener_is_unavailable():
 def test_a_registry_that_is_away_is_waited_for_once(registry):
     time = FakeTime()
     repository = repository_at(registry.host, NAME, time=time)
-    registry.switches.drop_times = 99
+    registry.switches.drop_times, registry.switches.drop_after = 99, 0
     with pytest.raises(Unavailable):
         repository.read_range(BLOB, 100, 50)
     waited = len(time.slept)

@@ -15,6 +15,7 @@ from imgsnap.oci.auth import Scope
 from imgsnap.oci.connections import ConnectionOptions, Proxies
 from imgsnap.oci.http_errors import parse_refusal, redact, refusal_error
 from imgsnap.oci.http_message import Request
+from imgsnap.oci.locate import RegistryOptions
 from tests.support.oci_images import repository_at, transport_to
 from tests.support.registry import ScriptedRegistry
 from tests.unit.oci.reading import BLOB, DATA, NAME, read
@@ -185,7 +186,7 @@ def test_a_missing_certificate_file_is_named(tmp_path):
     with pytest.raises(InvalidArgument, match=r"none\.pem"):
         transport_to("r.example", options=options).open(Request("GET", "/v2/"))
     with pytest.raises(InvalidArgument):
-        ConnectionOptions(key_file=tmp_path / "key")
+        RegistryOptions(key_file=tmp_path / "key").connection_options()
 
 
 def test_proxies_are_chosen_as_curl_does():
@@ -241,3 +242,40 @@ def test_odd_error_bodies_are_quoted_short():
     for body in (b"", b"[]", b'{"errors":5}', b'{"errors":[5]}', b"\xff\xff", b"[" * 50_000):
         assert parse_refusal(500, body).status == 500
     assert redact("https://h/p?a=b") == "https://h/p?…"
+
+
+@pytest.mark.parametrize("auth", ["basic", "token"])
+def test_a_helper_that_hands_out_a_new_secret_is_asked_again(registry, tmp_path, auth):
+    secret = tmp_path / "secret"
+    helper = tmp_path / "docker-credential-turn"
+    helper.write_text(
+        "#!/bin/sh\n"
+        f'printf \'{{"Username":"{registry.username}","Secret":"%s"}}\' "$(cat {secret})"\n'
+    )
+    helper.chmod(0o755)
+    config = tmp_path / "config.json"
+    config.write_text('{"credsStore":"turn"}')
+    registry.switches.auth, registry.switches.token_uses = auth, 1
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    repository = repository_at(registry.host, NAME, auth_file=config, environ=environ)
+    for password in ("first", "second"):
+        secret.write_text(password)
+        registry.password = password
+        for _ in range(2):
+            assert repository.read_range(BLOB, 100, 50) == DATA[100:150]
+    repository.close()
+
+
+def test_closing_closes_every_connection(registry):
+    repository = repository_at(registry.host, NAME)
+    streams = [repository.open_range(BLOB, 0, 100) for _ in range(3)]
+    for opened in [stream.__enter__() for stream in streams]:
+        opened.read(100)
+    for stream in streams:
+        stream.__exit__(None, None, None)
+    pools = repository.transport._connections.manager_for(f"http://{registry.host}").pools
+    pool = pools[next(iter(pools.keys()))]
+    kept = [connection for connection in pool.pool.queue if connection is not None]
+    assert len(kept) == 3
+    repository.close()
+    assert all(connection.sock is None for connection in kept)

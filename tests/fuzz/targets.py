@@ -1,0 +1,372 @@
+"""The parsers that a registry or a user reaches. A new one is a function with `@target` on it."""
+
+import gzip
+import json
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from imgsnap.blockstore.extent_cache import PresenceHeader
+from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
+from imgsnap.convert.limits import Limits
+from imgsnap.convert.tar import TarReader
+from imgsnap.digest import sha256_digest
+from imgsnap.errors import FormatError
+from imgsnap.formats import chunk_map_codec, erofs, layer_index_codec, layer_index_layout
+from imgsnap.formats.erofs_read import ErofsReader
+from imgsnap.formats.frame import compress, decompress
+from imgsnap.formats.layer_index import Kind
+from imgsnap.formats.snapshot_config import parse_config
+from imgsnap.oci.archive import DockerArchiveRepository, OciArchiveRepository
+from imgsnap.oci.auth import Scope, basic_header, parse_challenges, parse_token_answer
+from imgsnap.oci.auth import token_request as token_request_for
+from imgsnap.oci.connections import ConnectionOptions
+from imgsnap.oci.credentials import CredentialSource
+from imgsnap.oci.hosts import parse_hosts
+from imgsnap.oci.http_errors import parse_refusal
+from imgsnap.oci.image_config import parse_run_config
+from imgsnap.oci.manifest import parse_document
+from imgsnap.oci.reference import parse_location
+from imgsnap.oci.repository import Descriptor, RawManifest
+from imgsnap.oci.retry import retry_after_s
+from tests.fuzz.harness import Target
+from tests.support.golden import golden_files
+from tests.support.images import Bytes
+from tests.support.oci_images import descriptor_of, repository_at, tar_of
+from tests.support.snapshots import BuiltSnapshot, build_snapshot, index_manifest, random_device
+
+TARGETS: dict[str, Target] = {}
+JSON_WORDS = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b":",
+    b",",
+    b"null",
+    b"1e999",
+    b"-1",
+    b"\\ud800",
+    b"[" * 9000,
+)
+
+
+def target(name: str, **options: object) -> Callable[[Callable[[bytes], object]], None]:
+    """Registers a parser; see `Target` for the options."""
+
+    def register(parse: Callable[[bytes], object]) -> None:
+        TARGETS[name] = Target(name, parse, **options)  # type: ignore[arg-type]
+
+    return register
+
+
+@cache
+def snapshot() -> BuiltSnapshot:
+    return build_snapshot(random_device(64), extents=2, packs=2, created="2026-01-02T03:04:05Z")
+
+
+def manifests() -> list[bytes]:
+    index = index_manifest([(snapshot().manifest.descriptor, "amd64")])
+    return [snapshot().manifest.raw, index.raw]
+
+
+@target("manifest", seeds=manifests, words=JSON_WORDS)
+def _(data: bytes) -> None:
+    parse_document(data)
+
+
+@target("snapshot-manifest", seeds=manifests, words=JSON_WORDS)
+def _(data: bytes) -> None:
+    kind = json.loads(snapshot().manifest.raw)["mediaType"]
+    snapshot_manifest(RawManifest(Descriptor(kind, sha256_digest(data), len(data)), data))
+
+
+@target(
+    "image-config",
+    seeds=lambda: [b'{"config":{"Cmd":["a"],"Env":["A=b"],"Entrypoint":null,"WorkingDir":"/"}}'],
+    words=JSON_WORDS,
+)
+def _(data: bytes) -> None:
+    parse_run_config(data)
+
+
+@target("snapshot-config", seeds=lambda: [snapshot().config.to_json()], words=JSON_WORDS)
+def _(data: bytes) -> None:
+    parse_config(data)
+
+
+@target("chunk-map", seeds=lambda: [chunk_map_codec.encode(snapshot().chunk_map)])
+def _(data: bytes) -> None:
+    chunk_map_codec.decode(data)
+
+
+def with_index_checksum(data: bytes) -> bytes:
+    if len(data) < layer_index_layout.HEADER_SIZE:
+        return data
+    changed = bytearray(data)
+    changed[12:16] = layer_index_layout.header_checksum(changed).to_bytes(4, "little")
+    return bytes(changed)
+
+
+@target(
+    "layer-index",
+    seeds=lambda: [golden_files()["layer-index-v1.hex"]],
+    repair=with_index_checksum,
+)
+def _(data: bytes) -> None:
+    layer_index_codec.decode(data)
+
+
+@target("zstd-frame", seeds=lambda: [compress(bytes(9000), 3), compress(os.urandom(999), 3)])
+def _(data: bytes) -> None:
+    decompress(data, size_max=1 << 20, record="frame")
+
+
+def with_superblock_checksum(data: bytes) -> bytes:
+    if len(data) < 4096:
+        return data
+    checksum = erofs.superblock_checksum(data)
+    return data[:1028] + checksum.to_bytes(4, "little") + data[1032:]
+
+
+@target(
+    "erofs",
+    seeds=lambda: [golden_files()["erofs-v1.hex"]],
+    repair=with_superblock_checksum,
+    cost=4,
+)
+def _(data: bytes) -> None:
+    reader = ErofsReader(Bytes(data))
+    for number, (path, inode) in enumerate(reader.walk()):
+        reader.xattrs(inode)
+        if inode.kind is Kind.SYMLINK:
+            reader.readlink(inode)
+        if inode.kind is Kind.FILE:
+            reader.read(inode, 0, 4096)
+        if number > 1000:
+            break
+        reader.lookup(path)
+
+
+@target("presence-map", seeds=lambda: [PresenceHeader(3, 48, "ab" * 32).pack() + b"\1\0\1"])
+def _(data: bytes) -> None:
+    PresenceHeader.parse(data)
+
+
+@target(
+    "reference",
+    seeds=lambda: [
+        b"registry.example:5000/team/app:1.0@sha256:" + b"a" * 64,
+        *(b"nginx", b"oci:dir:tag", b"store:name:tag", b"docker-archive:a.tar:app:1"),
+        *(b"oci-archive:/x/a.tar:tag", b"[::1]:5000/app", b"docker://busybox"),
+    ],
+    words=(b":", b"/", b"@", b"sha256:", b"//", b"..", b"\0", b"[", b"]", b"%00"),
+    size_max=4096,
+)
+def _(data: bytes) -> None:
+    location = parse_location(data.decode("utf-8", "surrogateescape"))
+    str(location)
+
+
+@target(
+    "hosts-toml",
+    seeds=lambda: [
+        b'server = "https://a.example"\n[host."http://m:5000/v2/p"]\ncapabilities = ["pull"]\n'
+        b'ca = "a.pem"\nclient = [["a", "b"]]\nskip_verify = true\ndial_timeout = "1m2.5s"\n'
+        b'override_path = true\nproxy = "http://p"\n[host."http://m:5000/v2/p".header]\nx = ["1"]\n'
+    ],
+    words=(b"[host.", b"]", b"[[", b"{", b"'''", b"= 1", b"inf", b"1979-05-27", b'"\\u0000"'),
+)
+def _(data: bytes) -> None:
+    parse_hosts(data, Path("/certs/x/hosts.toml"), "registry.example:5000")
+
+
+_SCRATCH = tempfile.TemporaryDirectory(prefix="imgsnap-fuzz-")
+
+
+def scratch(data: bytes) -> Path:
+    path = Path(_SCRATCH.name) / "input"
+    path.write_bytes(data)
+    return path
+
+
+@target(
+    "docker-config",
+    seeds=lambda: [
+        b'{"auths":{"r.example":{"auth":"dTpw"},"r.example/team":{"username":"a","password":"b"},'
+        b'"https://s.example/v1/":{"identitytoken":"t"}},"credHelpers":{"h.example":"none"}}'
+    ],
+    words=JSON_WORDS,
+    cost=10,
+)
+def _(data: bytes) -> None:
+    # No PATH: a helper that a mutation names is not found.
+    source = CredentialSource({"PATH": _SCRATCH.name}, scratch(data))
+    for registry in ("r.example", "s.example"):
+        found = source.lookup(registry, "team/app")
+        if found is not None:
+            basic_header(found)
+            token_request_for(CHALLENGE, Scope.pull("team/app"), found)
+
+
+(CHALLENGE,) = parse_challenges('Bearer realm="https://auth.example/t",service="s"')
+
+
+@target(
+    "www-authenticate",
+    seeds=lambda: [
+        b'Bearer realm="https://a.example/t?x=1",service="s",scope="repository:a:pull"',
+        b'Basic realm="x\\"y", Digest nonce=abc, Bearer realm="http://h:1/"',
+    ],
+    words=(b"Bearer ", b"Basic", b'realm="', b"http://[", b'"', b"\\", b",", b"=", b"a " * 500),
+)
+def _(data: bytes) -> None:
+    for challenge in parse_challenges(data.decode("latin-1")):
+        if challenge.parameters.get("realm"):
+            token_request_for(challenge, Scope.pull("a"), None)
+
+
+@target("token-answer", seeds=lambda: [b'{"token":"abc","expires_in":300}'], words=JSON_WORDS)
+def _(data: bytes) -> None:
+    parse_token_answer(data, realm="https://auth.example/token")
+
+
+@target(
+    "refusal",
+    seeds=lambda: [
+        b'{"errors":[{"code":"DENIED","message":"no"}]}',
+        b"Fri, 31 Dec 1999 23:59:59 GMT",
+        b"120",
+    ],
+    words=JSON_WORDS,
+)
+def _(data: bytes) -> None:
+    str(parse_refusal(500, data))
+    retry_after_s(data.decode("latin-1"))
+
+
+def archives() -> list[bytes]:
+    config = b'{"rootfs":{"type":"layers","diff_ids":["%s"]}}' % sha256_digest(b"x" * 600).encode()
+    entry = [{"Config": "c.json", "RepoTags": ["app:1"], "Layers": ["l.tar"]}]
+    docker = {"c.json": config, "l.tar": b"x" * 600, "manifest.json": json.dumps(entry).encode()}
+    raw = snapshot().manifest.raw
+    listed = [{"mediaType": json.loads(raw)["mediaType"], "digest": sha256_digest(raw)}]
+    listed[0]["size"] = len(raw)  # type: ignore[assignment]
+    layout = {
+        "oci-layout": b'{"imageLayoutVersion":"1.0.0"}',
+        "index.json": json.dumps({"schemaVersion": 2, "manifests": listed}).encode(),
+        "blobs/sha256/" + sha256_digest(raw).partition(":")[2]: raw,
+    }
+    return [tar_of(docker), tar_of(layout)]
+
+
+def with_tar_checksums(data: bytes) -> bytes:
+    """Mends the checksum of each block that looks like a header."""
+    changed = bytearray(data)
+    for at in range(0, len(data) - 511, 512):
+        block = changed[at : at + 512]
+        if block[257:262] == b"ustar":
+            total = sum(block[:148]) + 8 * 32 + sum(block[156:])
+            changed[at + 148 : at + 156] = b"%06o\0 " % total
+    return bytes(changed)
+
+
+@target("archive", seeds=archives, repair=with_tar_checksums, cost=8)
+def _(data: bytes) -> None:
+    path = scratch(data)
+    problems = []
+    for kind in (OciArchiveRepository, DockerArchiveRepository):
+        try:
+            repository = kind(path)
+            try:
+                reference = repository.default_reference()
+                repository.manifest(reference)
+                repository.referrers("sha256:" + "0" * 64, "")
+            finally:
+                repository.close()
+        except Exception as error:
+            problems.append(error)
+    for problem in problems:
+        if not isinstance(problem, FormatError):
+            raise problem
+
+
+class _Answers:
+    """A server that answers each connection with the same bytes and closes it."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.host = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            with connection:
+                try:
+                    connection.recv(65536)
+                    connection.sendall(self.data)
+                    connection.shutdown(socket.SHUT_WR)
+                    connection.settimeout(1)
+                    while connection.recv(65536):
+                        pass
+                except OSError:
+                    pass
+
+
+@target("layer-tar", seeds=archives, repair=with_tar_checksums, cost=2)
+def _(data: bytes) -> None:
+    for entry in TarReader(memoryview(data), Limits()):
+        repr(entry)
+
+
+@cache
+def answers() -> _Answers:
+    return _Answers()
+
+
+BODY = b"0123456789" * 10
+
+
+@target(
+    "http-message",
+    seeds=lambda: [
+        b"HTTP/1.1 206 Partial Content\r\nContent-Length: 10\r\nContent-Range: bytes 0-9/100\r\n"
+        b"Docker-Content-Digest: x\r\n\r\n0123456789",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"5\r\n01234\r\n5\r\n56789\r\n0\r\n\r\n",
+        b"HTTP/1.1 429 Slow\r\nRetry-After: 1\r\nContent-Length: 2\r\n\r\n{}",
+        b"HTTP/1.1 401 No\r\nWWW-Authenticate: Basic realm=x\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 307 There\r\nLocation: ftp://x/\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.0 200 OK\r\nContent-Encoding: gzip\r\n\r\n" + gzip.compress(BODY),
+    ],
+    words=(
+        b"\r\n",
+        b"\n",
+        b": ",
+        b"Content-Length: -1",
+        b"chunked",
+        b"ffffffffffffffff\r\n",
+        b"\0",
+    ),
+    size_max=1 << 16,
+    cost=50,
+)
+def _(data: bytes) -> None:
+    if b"ocation" in data and b"http" in data.lower():
+        return  # nobody else shall be asked
+    server = answers()
+    server.data = data
+    options = ConnectionOptions(plain_http=True, read_timeout_s=1)
+    repository = repository_at(server.host, options=options, attempts_max=1)
+    try:
+        repository.read_range(descriptor_of(BODY), 0, 10)
+        repository.tags()
+    finally:
+        repository.close()
