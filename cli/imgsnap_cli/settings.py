@@ -16,6 +16,7 @@ class Settings:
     store: Path
     cache: Path
     run: Path
+    cache_quota: str | None  # as it was given; None: the one kept with the cache
     environ: Mapping[str, str]
 
     @classmethod
@@ -26,6 +27,7 @@ class Settings:
         store: str | None = None,
         cache: str | None = None,
         run: str | None = None,
+        cache_quota: str | None = None,
     ) -> "Settings":
         """Flag over variable over default; the defaults of other users than root are XDG's."""
         state, caches, runtime = _bases(environ)
@@ -33,6 +35,7 @@ class Settings:
             store=Path(store or environ.get("IMGSNAP_STORE") or state / "store").absolute(),
             cache=Path(cache or environ.get("IMGSNAP_CACHE_DIR") or caches).absolute(),
             run=Path(run or environ.get("IMGSNAP_RUN_DIR") or runtime).absolute(),
+            cache_quota=cache_quota or environ.get("IMGSNAP_CACHE_QUOTA") or None,
             environ=dict(environ),
         )
 

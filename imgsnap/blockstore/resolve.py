@@ -53,7 +53,9 @@ def resolve_snapshot(
             reference,
         )
         return Resolution(remembered, stale=True)
-    cache.store_tag(key, json.dumps({"digest": manifest.descriptor.digest}).encode())
+    name = f"{repository.name}{'@' if ':' in reference else ':'}{reference}"
+    value = {"digest": manifest.descriptor.digest, "name": name}
+    cache.store_tag(key, json.dumps(value).encode())
     return Resolution(manifest, stale=False)
 
 

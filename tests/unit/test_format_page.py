@@ -72,6 +72,8 @@ def test_golden_bytes_of_the_cache_records(tmp_path: Path) -> None:
     digest = sha256_digest(region)
     NodeCache(tmp_path).store_metadata(digest, region).close()
     (file,) = tmp_path.glob("*/metadata/*")
-    footer = blake3(region).hexdigest() + "0010000000000000" + b"ISDC".hex()
+    footer = (
+        blake3(bytes.fromhex(digest[7:]) + region).hexdigest() + "0010000000000000" + b"ISDC".hex()
+    )
     crc = zlib.crc32(bytes.fromhex(footer)).to_bytes(4, "little").hex()
     assert file.read_bytes()[4096:].hex() == footer + crc
