@@ -145,6 +145,16 @@ class ExtentCache:
         return not self._state.count(ABSENT)
 
     @property
+    def on_disk(self) -> bool:
+        """Whether the files are the cache's own, and not stand-ins in memory."""
+        return self._storing
+
+    @property
+    def data_fd(self) -> int:
+        """The data file's descriptor, valid until the extent is released."""
+        return self._data
+
+    @property
     def storing(self) -> bool:
         """False when the disk refused the last chunk, the cache is full or not to be opened."""
         return self._storing and not self._warned and self._budget.storing

@@ -152,7 +152,7 @@ class NodeCache:
 
     def store_tag(self, key: str, value: bytes) -> None:
         name = sha256_digest(key.encode())
-        self._store(self.root / "tags" / digest_hex(name), value, footer(name, value))
+        self.store_sealed(self.root / "tags" / digest_hex(name), name, value)
 
     # Chunk maps ------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class NodeCache:
 
     def store_chunk_map(self, digest: Digest, content: bytes) -> None:
         """Keeps what a verified chunk map blob decompressed to, if the disk is not full."""
-        self._store(self.root / "chunk-maps" / digest_hex(digest), content, footer(digest, content))
+        self.store_sealed(self.root / "chunk-maps" / digest_hex(digest), digest, content)
 
     # Metadata regions ------------------------------------------------------------------------
 
@@ -212,8 +212,12 @@ class NodeCache:
         When it cannot be kept the region lives in an anonymous memory file instead.
         """
         path = self.root / "metadata" / digest_hex(digest)
-        kept = self.open_leased(path) if self._store(path, region, footer(digest, region)) else None
+        kept = self.open_leased(path) if self.store_sealed(path, digest, region) else None
         return kept or _in_memory(region)
+
+    def store_sealed(self, path: Path, name: Digest, content: bytes) -> bool:
+        """Keeps verified content with FOOTER, if there is room; whether it did."""
+        return self._store(path, content, footer(name, content))
 
     # Packs and extents -----------------------------------------------------------------------
 

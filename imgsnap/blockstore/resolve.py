@@ -53,7 +53,7 @@ def resolve_snapshot(
             reference,
         )
         return Resolution(remembered, stale=True)
-    name = f"{repository.name}{'@' if ':' in reference else ':'}{reference}"
+    name = f"{repository.name}{'@' if reference.startswith('sha256:') else ':'}{reference}"
     value = {"digest": manifest.descriptor.digest, "name": name}
     cache.store_tag(key, json.dumps(value).encode())
     return Resolution(manifest, stale=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from imgsnap.blockstore.direct import VerifiedMarker
 from imgsnap.blockstore.extent_cache import PresenceHeader
 from imgsnap.blockstore.node_cache import FOOTER, NodeCache
 from imgsnap.digest import sha256_digest
@@ -45,6 +46,7 @@ def actual(record: struct.Struct) -> list[tuple[int, int]]:
         ("Chunk map pack record", chunk_map_codec._PACK),
         ("Presence map", PresenceHeader.STRUCT),
         ("Cache footer", FOOTER),
+        ("Verified marker", VerifiedMarker.STRUCT),
     ],
 )
 def test_offset_tables(heading: str, record: struct.Struct) -> None:
