@@ -22,6 +22,7 @@ COMMANDS = {
     "doctor": "Say what this machine can do and what to install",
     "du": "Show what a snapshot takes in its store",
     "files": "List the files of a snapshot",
+    "gc": "Delete snapshots and layers that no tag leads to",
     "inspect": "Show what a snapshot is made of",
     "ls": "List snapshots in the local store or a repository",
     "mount": "Mount a snapshot on a directory",
