@@ -33,7 +33,7 @@ def command(
     REF may name the snapshot, or an image that has one. What is read is fetched and cached; a
     block server runs until `imgsnap umount DIRECTORY`.
     """
-    from imgsnap.mount.session import mount_snapshot
+    from imgsnap.node.session import mount_snapshot
 
     record = mount_snapshot(*Places(settings, flags).mount_arguments(ref, directory, platform, rw))
     if format_ == "json":

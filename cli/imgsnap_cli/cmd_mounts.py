@@ -1,9 +1,20 @@
 """imgsnap mounts"""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from imgsnap_cli.output import format_option, print_json, print_table
 from imgsnap_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from imgsnap.mount.records import MountRecord
+
+
+def _server(record: "MountRecord") -> str:
+    if record.direct:
+        return "none needed"
+    return str(record.server_pid) if record.server.alive else "dead"
 
 
 @click.command(short_help="List mounted snapshots")
@@ -11,7 +22,7 @@ from imgsnap_cli.settings import Settings
 @click.pass_obj
 def command(settings: Settings, /, format_: str) -> None:
     """List the mounted snapshots of this machine."""
-    from imgsnap.mount.session import mounts
+    from imgsnap.node.session import mounts
 
     records = mounts(settings.run)
     if format_ == "json":
@@ -25,7 +36,8 @@ def command(settings: Settings, /, format_: str) -> None:
                         "digest": record.manifest_digest,
                         "writable": record.read_write,
                         "pid": record.server_pid,
-                        "alive": record.server.alive,
+                        "alive": record.direct or record.server.alive,
+                        "direct": record.direct,
                         "created": record.created,
                     }
                     for record in records
@@ -40,7 +52,7 @@ def command(settings: Settings, /, format_: str) -> None:
                 record.target,
                 f"{record.repository}@{record.manifest_digest[:19]}",
                 "rw" if record.read_write else "ro",
-                str(record.server_pid) if record.server.alive else "dead",
+                _server(record),
             )
             for record in records
         ],

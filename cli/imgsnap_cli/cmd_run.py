@@ -34,7 +34,7 @@ def command(
     by unshare. The exit code is the command's.
     """
     from imgsnap.mount import container
-    from imgsnap.mount.session import mount_snapshot, unmount
+    from imgsnap.node.session import mount_snapshot, unmount
     from imgsnap.oci.image_config import parse_run_config
 
     places = Places(settings, flags)

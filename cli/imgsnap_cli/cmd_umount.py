@@ -15,7 +15,7 @@ from imgsnap_cli.settings import Settings
 @click.pass_obj
 def command(settings: Settings, /, directories: tuple[Path, ...], all_: bool, lazy: bool) -> None:
     """Unmount snapshots and remove everything their mounts made; the cache stays."""
-    from imgsnap.mount.session import mounts, unmount
+    from imgsnap.node.session import mounts, unmount
 
     if all_ == bool(directories):
         raise InvalidArgument("name directories, or use --all", hint="imgsnap mounts lists them")

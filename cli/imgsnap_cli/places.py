@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
-    from imgsnap.mount.session import MountOptions
+    from imgsnap.node.session import MountOptions
+    from imgsnap.node.source import Source
     from imgsnap.oci.locate import RegistryOptions
     from imgsnap.oci.reference import Location
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
@@ -125,9 +126,10 @@ class Places:
 
     def mount_arguments(
         self, text: str, target: Path, platform: str | None, read_write: bool
-    ) -> "tuple[MountOptions, Callable[[], Repository]]":
+    ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
-        from imgsnap.mount.session import MountOptions
+        from imgsnap.node.session import MountOptions
+        from imgsnap.node.source import Source
         from imgsnap.oci.locate import reference_of
         from imgsnap.oci.reference import parse_location
 
@@ -139,9 +141,10 @@ class Places:
             cache_dir=self._settings.cache,
             platform=_platform(platform),
             read_write=read_write,
+            cache_quota=_quota(self._settings),
         )
-        self._registry_options()  # refused here, where the user sees it at once
-        return options, lambda: self._open(location, create=False)[0]
+        source = Source(_lasting(location), self._settings.store, self._registry_options())
+        return options, source, lambda found: found.open(self._settings.environ)
 
     def image_config(
         self, stack: ExitStack, text: str, digest: str
@@ -180,11 +183,21 @@ def node_cache(settings: Settings) -> "NodeCache":
     """The node's cache, with the quota that was given. Raises InvalidArgument."""
     from imgsnap.blockstore.node_cache import NodeCache
 
+    return NodeCache(settings.cache, quota=_quota(settings))
+
+
+def _quota(settings: Settings) -> int | None:
     if settings.cache_quota is None:
-        return NodeCache(settings.cache)
+        return None
     from imgsnap.blockstore.cache_quota import parse_quota
 
-    return NodeCache(settings.cache, quota=parse_quota(settings.cache_quota))
+    return parse_quota(settings.cache_quota)
+
+
+def _lasting(location: "Location") -> str:
+    """The location as any process may read it, whatever its working directory is."""
+    path = getattr(location, "path", None)
+    return str(replace(location, path=path.absolute()) if path is not None else location)
 
 
 def _platform(text: str | None) -> "Platform | None":

@@ -138,20 +138,27 @@ def pin_snapshot(
     if not holder or len(holder) > HOLDER_MAX or not holder.isprintable():
         raise InvalidArgument(f"{holder[:80]!r} is no holder of a pin")
     pin = Pin(snapshot.manifest.digest, holder, snapshot_parts(snapshot), boot, labels or {})
-    path = _path(cache, pin.manifest, holder)
-    with cache.new_file(path) as file:
+    write_pin(cache, pin)
+    try:
+        _complete(cache, snapshot)
+    except BaseException:
+        _path(cache, pin.manifest, holder).unlink(missing_ok=True)
+        raise
+    return pin
+
+
+def write_pin(cache: NodeCache, pin: Pin) -> None:
+    """Keeps a pin, durably; what is in the cache when this returns, stays.
+
+    Raises ImgsnapError when it cannot be written.
+    """
+    with cache.new_file(_path(cache, pin.manifest, pin.holder)) as file:
         file.write(pin.to_bytes())
         file.flush()
         os.fsync(file.fileno())
     # An eviction that began before the record was there may still take parts away.
     with maintenance(cache, wait=True):
         pass
-    try:
-        _complete(cache, snapshot)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return pin
 
 
 def _complete(cache: NodeCache, snapshot: Snapshot) -> None:

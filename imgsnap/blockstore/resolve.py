@@ -38,7 +38,7 @@ def resolve_snapshot(
     cached = _cached_manifest(cache, reference)
     if cached and manifest_kind(cached).is_snapshot:
         return Resolution(cached, stale=False)
-    key = f"{repository.name}\0{reference}\0{platform or ''}"
+    key = _key(repository, reference, platform)
     try:
         manifest = _ask(repository, reference, cache, platform)
     except Unavailable as error:
@@ -57,6 +57,17 @@ def resolve_snapshot(
     value = {"digest": manifest.descriptor.digest, "name": name}
     cache.store_tag(key, json.dumps(value).encode())
     return Resolution(manifest, stale=False)
+
+
+def remembered_snapshot(
+    repository: Repository, reference: str, cache: NodeCache, platform: Platform | None = None
+) -> RawManifest | None:
+    """What `resolve_snapshot` found last, from the cache alone."""
+    return _remembered(cache, _key(repository, reference, platform))
+
+
+def _key(repository: Repository, reference: str, platform: Platform | None) -> str:
+    return f"{repository.name}\0{reference}\0{platform or ''}"
 
 
 def _ask(

@@ -31,7 +31,7 @@ class WriteBudget:
     """
 
     def __init__(self, look: Callable[[], int | None], size: int = WRITE_BUDGET) -> None:
-        self._look = look
+        self._look_at = look
         self._size = size
         self._changed = threading.Condition()
         self._left = size
@@ -66,6 +66,11 @@ class WriteBudget:
             self._unseen += size
             return True
 
+    def look(self) -> None:
+        """Looks in the background now, unless that has just been done."""
+        with self._changed:
+            self._want_look()
+
     def done(self, size: int) -> None:
         """What was taken is on disk now, or never will be."""
         with self._changed:
@@ -86,7 +91,7 @@ class WriteBudget:
     def _run(self) -> None:
         room: int | None = None
         try:
-            room = self._look()
+            room = self._look_at()
         except Exception:
             _log.exception("looking at the node cache's quota failed")
         with self._changed:

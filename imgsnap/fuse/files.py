@@ -1,11 +1,18 @@
-"""The files of a FUSE superblock: one flat directory of read-only block devices."""
+"""The tree of a FUSE superblock: one directory per device, with one read-only file in it.
+
+Node ids are made from the devices' numbers, so that a server that takes over from another one
+knows what the kernel means: device n is directory 2n and file 2n + 1. A number is never used
+twice, so the kernel may cache for ever.
+"""
 
 import stat
-import threading
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
 
 from imgsnap.fuse.protocol import NAME_MAX, ROOT_ID, directory_entry
+
+DEVICE_FILE = "layer.erofs"
+"""The file's name in its directory; Kata's runtime knows block devices by it."""
 
 FetchDone = Callable[[memoryview | None, BaseException | None], None]
 
@@ -23,52 +30,75 @@ class FileContent(Protocol):
         """Calls `done` once with the bytes or an error, from any thread."""
 
 
-class FileTable:
-    """Names and node ids. A node id is never used twice, so the kernel may cache for ever."""
+class Catalog(Protocol):
+    """The devices that are served. Safe for threads; numbers are positive."""
 
-    def __init__(self, files: Mapping[str, FileContent]) -> None:
-        self._lock = threading.Lock()
-        self._next = ROOT_ID + 1
-        self._nodes: dict[int, tuple[bytes, FileContent]] = {}
-        self._names: dict[bytes, int] = {}
-        for name, content in files.items():
-            self.add(name, content)
+    def number(self, name: str) -> int | None:
+        """The device with this directory name."""
 
-    def add(self, name: str, content: FileContent) -> int:
-        """Makes a file visible; its node id. Raises ValueError for a name that is taken or odd."""
-        raw = name.encode()
-        if not 0 < len(raw) <= NAME_MAX or b"/" in raw or raw in (b".", b".."):
-            raise ValueError(f"not a file name: {name!r}")
-        with self._lock:
-            if raw in self._names:
-                raise ValueError(f"{name!r} exists")
-            node = self._next
-            self._next += 1
-            self._nodes[node] = (raw, content)
-            self._names[raw] = node
-        return node
+    def content(self, number: int) -> FileContent | None: ...
 
-    def lookup(self, name: bytes) -> tuple[int, FileContent] | None:
-        node = self._names.get(name)
-        return (node, self._nodes[node][1]) if node is not None else None
+    def names(self) -> Iterable[tuple[int, str]]:
+        """Numbers and directory names, by number."""
 
-    def get(self, node: int) -> FileContent | None:
-        entry = self._nodes.get(node)
-        return entry[1] if entry is not None else None
+    def forgotten(self, number: int) -> None:
+        """The kernel has no reference to the device's file any more."""
 
-    def __len__(self) -> int:
-        return len(self._nodes)
 
-    def listing(self, offset: int, size: int) -> bytes:
-        """Directory entries from the `offset`th on, at most `size` bytes of them."""
-        with self._lock:
-            files = [(node, raw) for node, (raw, _) in self._nodes.items()]
-        entries = [(ROOT_ID, b".", stat.S_IFDIR), (ROOT_ID, b"..", stat.S_IFDIR)]
-        entries += [(node, raw, stat.S_IFREG) for node, raw in files]
+class Found(NamedTuple):
+    """A node that a name led to; a directory has no content."""
+
+    node: int
+    content: FileContent | None
+
+
+class FileTree:
+    """Names and nodes of a catalog's devices."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self._catalog = catalog
+
+    def lookup(self, parent: int, name: bytes) -> Found | None:
+        if parent == ROOT_ID:
+            if not 0 < len(name) <= NAME_MAX:
+                return None
+            number = self._catalog.number(name.decode(errors="surrogateescape"))
+            return Found(directory_node(number), None) if number is not None else None
+        if parent & 1 or name != DEVICE_FILE.encode():
+            return None
+        content = self._catalog.content(parent >> 1)
+        return Found(parent + 1, content) if content is not None else None
+
+    def file(self, node: int) -> FileContent | None:
+        """The content of a file's node."""
+        return self._catalog.content(node >> 1) if node & 1 and node != ROOT_ID else None
+
+    def is_directory(self, node: int) -> bool:
+        return node == ROOT_ID or (not node & 1 and self._catalog.content(node >> 1) is not None)
+
+    def forget(self, node: int) -> None:
+        if node & 1 and node != ROOT_ID:
+            self._catalog.forgotten(node >> 1)
+
+    def listing(self, node: int, offset: int, size: int) -> bytes:
+        """A directory's entries from the `offset`th on, at most `size` bytes of them."""
+        entries = [(node, b".", stat.S_IFDIR), (ROOT_ID, b"..", stat.S_IFDIR)]
+        if node == ROOT_ID:
+            entries += [
+                (directory_node(number), name.encode(errors="surrogateescape"), stat.S_IFDIR)
+                for number, name in self._catalog.names()
+            ]
+        else:
+            entries.append((node + 1, DEVICE_FILE.encode(), stat.S_IFREG))
         found = b""
-        for number, (node, raw, mode) in enumerate(entries[offset:], offset + 1):
-            entry = directory_entry(node, number, raw, mode)
+        for number, (child, name, mode) in enumerate(entries[offset:], offset + 1):
+            entry = directory_entry(child, number, name, mode)
             if len(found) + len(entry) > size:
                 break
             found += entry
         return found
+
+
+def directory_node(number: int) -> int:
+    """The node id of a device's directory; its file's is one more."""
+    return number << 1

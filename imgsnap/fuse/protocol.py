@@ -27,6 +27,7 @@ REQUEST_SIZE_MAX = 16384
 NAME_MAX = 255
 UNIQUE_RESEND = 1 << 63
 """Set in `unique` of a request that is sent again after FUSE_NOTIFY_RESEND."""
+NOTIFY_INVAL_ENTRY = 3
 NOTIFY_RESEND = 7
 
 
@@ -156,6 +157,31 @@ INIT_OUT = struct.Struct("=IIIIHHIIHHII24x")
 16 2 max_background · 18 2 congestion_threshold · 20 4 max_write · 24 4 time_gran ns ·
 28 2 max_pages · 30 2 map_alignment · 32 4 flags2 · 36 4 max_stack_depth · 40 24 unused"""
 assert INIT_OUT.size == 64
+
+
+FORGET_ONE = struct.Struct("=QQ")
+"""struct fuse_forget_one: 0 8 nodeid · 8 8 nlookup. BATCH_FORGET has 8 bytes (count u32, dummy)
+and then this many."""
+assert FORGET_ONE.size == 16
+
+INVAL_ENTRY_OUT = struct.Struct("=QII")
+"""struct fuse_notify_inval_entry_out: 0 8 parent · 8 4 namelen · 12 4 flags; the name follows,
+with a terminating zero"""
+assert INVAL_ENTRY_OUT.size == 16
+
+
+def forgotten_nodes(opcode: int, node: int, body: memoryview) -> list[int]:
+    """The nodes of a FORGET or BATCH_FORGET request. Raises struct.error when it is too short."""
+    if opcode == Opcode.FORGET:
+        return [node]
+    (count,) = struct.unpack_from("=I", body)
+    return [FORGET_ONE.unpack_from(body, 8 + 16 * number)[0] for number in range(count)]
+
+
+def inval_entry_notification(parent: int, name: bytes) -> bytes:
+    """Asks the kernel to drop a name, and with it the inode that nobody uses."""
+    body = INVAL_ENTRY_OUT.pack(parent, len(name), 0) + name + b"\0"
+    return OUT_HEADER.pack(OUT_HEADER_SIZE + len(body), NOTIFY_INVAL_ENTRY, 0) + body
 
 
 def error_reply(unique: int, errno: int) -> bytes:

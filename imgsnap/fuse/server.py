@@ -15,29 +15,18 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable
 
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.fuse import protocol
-from imgsnap.fuse.files import FileContent, FileTable
-from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, InitFlag, Opcode
+from imgsnap.fuse.files import Catalog, FileContent, FileTree
+from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, Opcode
+from imgsnap.fuse.session import FuseSession
 
 DEFAULT_THREADS = 2
-MAX_BACKGROUND = 64
-"""Requests without a waiting process (kernel readahead) in flight: 64 MiB at 1 MiB each."""
-
-_NO_REPLY = (Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT)
 _EMPTY_REPLY = (Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.ACCESS, Opcode.DESTROY, Opcode.FLUSH)
 _TRANSIENT = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
 _log = logging.getLogger(__name__)
-
-
-class FuseSession(NamedTuple):
-    """What INIT agreed on. INIT is not repeated: a server that takes over a device needs this."""
-
-    minor: int
-    flags: int
 
 
 class FuseServer:
@@ -50,18 +39,17 @@ class FuseServer:
     def __init__(
         self,
         fd: int,
-        files: Mapping[str, FileContent],
+        catalog: Catalog,
+        session: FuseSession,
         *,
         threads: int = DEFAULT_THREADS,
-        session: FuseSession | None = None,
         on_end: Callable[[], None] | None = None,
     ) -> None:
-        """`session` continues a device whose former server is gone; `on_end` is called once,
-        from a worker, when the superblock is gone."""
-        self.files = FileTable(files)
-        self.session = session
+        """`session` is what `negotiate` agreed on, by this process or by one that is gone;
+        `on_end` is called once, from a worker, when the superblock is gone."""
+        self._files = FileTree(catalog)
+        self._session = session
         self._fd = fd
-        self._resumed = session is not None
         self._on_end = on_end
         self._failures = RateLimit(_log)
         self._lock = threading.Lock()
@@ -72,8 +60,8 @@ class FuseServer:
         ]
 
     def start(self) -> None:
-        """Starts the workers; a resumed device is asked to send lost requests again."""
-        if self._resumed and self.session and self.session.flags & InitFlag.HAS_RESEND:
+        """Starts the workers, and asks for the requests that a former server left unanswered."""
+        if self._session.resends:
             os.write(self._fd, protocol.resend_notification())
         for thread in self._threads:
             thread.start()
@@ -122,7 +110,10 @@ class FuseServer:
                 worker.fail(unique, errno.EIO, f"request of {len(request)} bytes says {length}")
             elif opcode == Opcode.READ:
                 self._read(worker, unique, node, request[IN_HEADER_SIZE:])
-            elif opcode not in _NO_REPLY:
+            elif opcode in (Opcode.FORGET, Opcode.BATCH_FORGET):
+                for gone in protocol.forgotten_nodes(opcode, node, request[IN_HEADER_SIZE:]):
+                    self._files.forget(gone)
+            elif opcode != Opcode.INTERRUPT:
                 worker.send(self._other(opcode, unique, node, request[IN_HEADER_SIZE:]))
         except struct.error:
             worker.fail(unique, errno.EIO, f"request {opcode} is too short")
@@ -130,7 +121,7 @@ class FuseServer:
             worker.fail(unique, errno.EIO, f"{type(error).__name__}: {error}")
 
     def _read(self, worker: "_Worker", unique: int, node: int, body: memoryview) -> None:
-        content = self.files.get(node)
+        content = self._files.file(node)
         if content is None:
             worker.send(protocol.error_reply(unique, errno.ENOENT))
             return
@@ -171,62 +162,32 @@ class FuseServer:
             return protocol.reply(unique, protocol.OPEN_OUT.pack(0, 0, 0))
         if opcode == Opcode.READDIR:
             offset, size = protocol.READ_IN.unpack_from(body)
-            return protocol.reply(unique, self.files.listing(offset, size))
+            return protocol.reply(unique, self._files.listing(node, offset, size))
         if opcode == Opcode.STATFS:
             return protocol.reply(unique, self._statfs())
-        if opcode == Opcode.INIT:
-            return self._init(unique, body)
         if opcode in _EMPTY_REPLY:
             return protocol.error_reply(unique, 0)
         return protocol.error_reply(unique, errno.ENOSYS)
 
-    def _lookup(self, unique: int, node: int, name: bytes) -> bytes:
-        found = self.files.lookup(name) if node == protocol.ROOT_ID else None
+    def _lookup(self, unique: int, parent: int, name: bytes) -> bytes:
+        found = self._files.lookup(parent, name)
         if found is None:
             return protocol.error_reply(unique, errno.ENOENT)
-        child, content = found
         valid = protocol.VALID_S
-        entry = protocol.ENTRY_OUT.pack(child, 0, valid, valid, 0, 0)
-        return protocol.reply(unique, entry + protocol.file_attr(child, content.size))
+        entry = protocol.ENTRY_OUT.pack(found.node, 0, valid, valid, 0, 0)
+        if found.content is None:
+            return protocol.reply(unique, entry + protocol.directory_attr(found.node))
+        return protocol.reply(unique, entry + protocol.file_attr(found.node, found.content.size))
 
     def _attr(self, node: int) -> bytes | None:
-        if node == protocol.ROOT_ID:
-            return protocol.directory_attr(node)
-        content = self.files.get(node)
-        return protocol.file_attr(node, content.size) if content is not None else None
+        content = self._files.file(node)
+        if content is not None:
+            return protocol.file_attr(node, content.size)
+        return protocol.directory_attr(node) if self._files.is_directory(node) else None
 
     def _statfs(self) -> bytes:
         page = protocol.PAGE_SIZE
-        return protocol.STATFS_OUT.pack(0, 0, 0, len(self.files), 0, page, protocol.NAME_MAX, page)
-
-    def _init(self, unique: int, body: memoryview) -> bytes:
-        asked = protocol.InitRequest.parse(body)
-        if asked.major > protocol.KERNEL_VERSION:
-            # The kernel then sends INIT again with the version we state.
-            return protocol.reply(unique, _init_out(protocol.MINOR_MAX, 0, 0))
-        if asked.major < protocol.KERNEL_VERSION or asked.minor < protocol.MINOR_MIN:
-            return protocol.error_reply(unique, errno.EPROTO)
-        flags = asked.flags & protocol.WANTED_FLAGS
-        minor = min(asked.minor, protocol.MINOR_MAX)
-        self.session = FuseSession(minor, int(flags))
-        return protocol.reply(unique, _init_out(minor, asked.max_readahead, int(flags)))
-
-
-def _init_out(minor: int, readahead: int, flags: int) -> bytes:
-    return protocol.INIT_OUT.pack(
-        protocol.KERNEL_VERSION,
-        minor,
-        readahead,  # the kernel's own limit; the real one is set on the bdi after the mount
-        flags & 0xFFFFFFFF,
-        MAX_BACKGROUND,
-        MAX_BACKGROUND * 3 // 4,
-        protocol.MAX_WRITE,
-        1,
-        protocol.MAX_PAGES,
-        0,
-        flags >> 32,
-        0,
-    )
+        return protocol.STATFS_OUT.pack(0, 0, 0, 0, 0, page, protocol.NAME_MAX, page)
 
 
 class _Worker:

@@ -2,10 +2,11 @@
 
 ::
 
-    <run dir>/mounts/<id>.json     the record; <id> is derived from the target
-    <run dir>/dev/<instance>/      the FUSE superblock with layer.erofs
-    <run dir>/lower/<instance>/    EROFS, when the target shows an overlay
-    <run dir>/log/<instance>.log   the server's log
+    <run dir>/mounts/<id>.json      the record; <id> is derived from the target
+    <run dir>/dev/<instance>/       the FUSE superblock of a private block server
+    <run dir>/lower/<instance>/     EROFS, when the target shows an overlay
+    <run dir>/server/<instance>/    a private block server's sockets and attachments
+    <run dir>/log/<instance>.log    its log
 
 An instance is one mount of an id; a lazily unmounted one may outlive its record.
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 from imgsnap.errors import ImgsnapError
 from imgsnap.mount.process import ProcessId
 
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 STARTING, MOUNTED = "starting", "mounted"
 
 
@@ -39,12 +40,20 @@ class MountRecord:
     config_digest: str
     read_write: bool
     rw_dir: str  # of the overlay's changes; "" when read-only
+    device: str  # the file below EROFS; "" until it is attached
     loop: str  # the loop device, when EROFS could not use the file
+    by_daemon: bool  # the node daemon's block server serves it, not a private one
     state: str  # STARTING until the tree is usable
-    server_pid: int
+    server_pid: int  # of the supervisor
     server_start_time: int
     created: int  # seconds since the epoch
     run_dir: str
+    direct_cache: str = ""  # the node cache whose files the kernel reads itself; "": it is served
+
+    @property
+    def direct(self) -> bool:
+        """Whether no process serves it."""
+        return bool(self.direct_cache)
 
     @property
     def server(self) -> ProcessId:
@@ -57,6 +66,10 @@ class MountRecord:
     @property
     def lower_dir(self) -> Path:
         return Path(self.run_dir, "lower", self.instance)
+
+    @property
+    def server_dir(self) -> Path:
+        return Path(self.run_dir, "server", self.instance)
 
     @property
     def log_path(self) -> Path:
@@ -80,7 +93,7 @@ class MountRecords:
 
     def prepare(self) -> None:
         """Makes the directories. Raises OSError."""
-        for name in ("mounts", "dev", "lower", "log"):
+        for name in ("mounts", "dev", "lower", "server", "log"):
             (self.run_dir / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     @staticmethod

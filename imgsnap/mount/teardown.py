@@ -57,11 +57,12 @@ def remove_instance(record: MountRecord) -> None:
     """Deletes what only this instance used: directories, the overlay's changes, the log."""
     attach.remove_directory(record.device_dir)
     attach.remove_directory(record.lower_dir)
+    remove_tree(record.server_dir)
     if record.rw_dir:
         WritableLayer(Path(record.rw_dir)).remove()
     remove_tree(record.log_path)
 
 
 def _is_target(record: MountRecord, point: MountPoint) -> bool:
-    ours = (record.overlay_source, str(record.device_dir / attach.DEVICE_FILE), record.loop)
+    ours = (record.overlay_source, record.device, record.loop)
     return str(point.target) == record.target and point.source in ours and bool(point.source)

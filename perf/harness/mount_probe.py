@@ -18,11 +18,11 @@ import urllib3
 import zstandard
 
 from harness.product import open_places
-from imgsnap.mount import server_process
-from imgsnap.mount.session import mount_snapshot, unmount
+from imgsnap.node import session
+from imgsnap.node.session import mount_snapshot, unmount
 from imgsnap.oci import locate
 
-IMPORTED = (http.client, ssl, blake3, urllib3, zstandard, server_process, locate)
+IMPORTED = (http.client, ssl, blake3, urllib3, zstandard, session, locate)
 
 
 def main(arguments: list[str]) -> None:

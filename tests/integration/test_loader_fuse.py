@@ -7,11 +7,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from imgsnap.fuse.files import DEVICE_FILE
 from imgsnap.fuse.server import FuseServer
+from imgsnap.fuse.session import negotiate
 from imgsnap.mount import attach
 from imgsnap.mount.linux import mount_points
 from imgsnap.units import MIB
 from tests.support.block_store import open_store
+from tests.support.catalog import StaticCatalog
 from tests.support.memory_repository import MemoryRepository
 from tests.support.readers import compare_in_parallel, listing, run_all
 from tests.support.snapshots import build_snapshot, erofs_image, make_tree
@@ -38,13 +41,15 @@ def served(repository, tmp_path, *, erofs=True, readahead_max=0):
     target.mkdir(exist_ok=True)
     with open_store(repository, tmp_path / "cache", readahead_max=readahead_max) as store:
         fd = attach.mount_fuse(device)
-        server = FuseServer(fd, {attach.DEVICE_FILE: store.reader})
+        catalog = StaticCatalog({"one": store.reader})
+        server = FuseServer(fd, catalog, negotiate(fd))
+        file = device / "one" / DEVICE_FILE
         try:
             server.start()
             attach.tune_readahead(device, attach.READ_AHEAD_LAZY_KB)
             if erofs:
-                assert attach.mount_erofs(device / attach.DEVICE_FILE, target).loop == ""
-            yield store, device / attach.DEVICE_FILE, target
+                assert attach.mount_erofs(file, target).loop == ""
+            yield store, file, target
         finally:
             attach.unmount(target, lazy=True)
             attach.unmount(device, lazy=True)
@@ -55,7 +60,7 @@ def served(repository, tmp_path, *, erofs=True, readahead_max=0):
 def test_the_file_has_the_devices_bytes(built, tmp_path):
     repository = MemoryRepository(built)
     with served(repository, tmp_path, erofs=False) as (store, file, _):
-        assert os.listdir(file.parent) == [attach.DEVICE_FILE]
+        assert os.listdir(file.parent) == [DEVICE_FILE]
         assert file.stat().st_size == len(built.device)
         assert file.read_bytes() == built.device
         # Requests as long as the readahead: page by page there would be a thousand.

@@ -21,13 +21,19 @@ from imgsnap.errors import (
     Unsupported,
 )
 from imgsnap.mount import linux
-from imgsnap.mount.session import MountOptions, mount_snapshot, mounts, unmount
+from imgsnap.mount.process import ProcessId
+from imgsnap.node import rpc
+from imgsnap.node.session import MountOptions, mount_snapshot, mounts, unmount
+from imgsnap.node.source import Source
 from tests.support.memory_repository import MemoryRepository
 from tests.support.mounts import mounted
 from tests.support.readers import compare_in_parallel, listing
 from tests.support.snapshots import build_snapshot, erofs_image, make_tree, random_device
 
 pytestmark = pytest.mark.root
+
+SOURCE = Source("store:unused", Path("/nonexistent"))
+"""The tests hand the repository itself to the server."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +64,7 @@ class Site:
         return replace(options, **changes)
 
     def mount(self, repository, **changes):
-        record = mount_snapshot(self.options(**changes), lambda: repository)
+        record = mount_snapshot(self.options(**changes), SOURCE, lambda source: repository)
         self.servers.append(record.server)
         return record
 
@@ -94,13 +100,15 @@ def memory_kib(pid, field):
 
 def test_mount_read_unmount(site, repository, tree):
     record = site.mount(repository)
-    before = memory_kib(record.server_pid, "VmRSS")  # a copy of pytest's memory is in it
+    server = server_of(record)
+    assert Path(f"/proc/{server.pid}/comm").read_text() == "imgsnap-block\n"
+    before = memory_kib(server.pid, "VmRSS")  # a copy of pytest's memory is in it
     assert listing(site.root / "mnt") == listing(tree)
     compare_in_parallel(tree, site.root / "mnt")
-    assert memory_kib(record.server_pid, "VmRSS") - before < 40 << 10
+    assert memory_kib(server.pid, "VmRSS") - before < 40 << 10
     assert [found.target for found in mounts(site.run_dir)] == [str(site.root / "mnt")]
     assert record.server.alive
-    assert Path(f"/proc/{record.server_pid}/comm").read_text() == "imgsnap-block\n"
+    assert Path(f"/proc/{record.server_pid}/comm").read_text() == "imgsnap-super\n"
     assert os.getsid(record.server_pid) != os.getsid(0)
     with pytest.raises(OSError) as caught:
         (site.root / "mnt/new").write_text("x")
@@ -165,15 +173,15 @@ def test_failed_mounts_raise_what_the_server_met_and_leave_nothing(site, reposit
     with pytest.raises(Unavailable, match="does not answer"):
         site.mount(repository)
 
-    def broken():
+    def broken(source):
         raise RuntimeError("no such registry")
 
     with pytest.raises(ImgsnapError, match="RuntimeError: no such registry"):
-        mount_snapshot(site.options(), broken)
+        mount_snapshot(site.options(), SOURCE, broken)
     with pytest.raises(ImgsnapError, match="died"):
-        mount_snapshot(site.options(), lambda: os.kill(os.getpid(), signal.SIGKILL))
+        mount_snapshot(site.options(), SOURCE, lambda _: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(Unavailable, match="in time"):
-        mount_snapshot(site.options(mount_timeout_s=0.3), lambda: time.sleep(60))
+        mount_snapshot(site.options(mount_timeout_s=0.3), SOURCE, lambda _: time.sleep(60))
     (site.root / "file").write_text("")
     with pytest.raises(InvalidArgument):
         site.mount(repository, target=site.root / "file")
@@ -222,9 +230,49 @@ def test_many_processes_mount_one_target_and_one_wins(site, repository):
     site.unmount()
 
 
-def test_after_sigkill_readers_get_errors_and_umount_cleans_up(site, repository):
+def server_of(record):
+    """The process that answers reads now."""
+    status = rpc.call(record.server_dir / "block.sock", "status")
+    return ProcessId.of(status["pid"])
+
+
+def test_a_killed_server_is_replaced_and_readers_get_their_bytes(site, repository, tree):
+    repository.faults.latency_ms = 50
     record = site.mount(repository)
+    expected = (tree / "usr/lib/big.bin").read_bytes()
+    got = []
+    reader = threading.Thread(
+        target=lambda: got.append((site.root / "mnt/usr/lib/big.bin").read_bytes())
+    )
+    reader.start()
+    killed = set()
+    while reader.is_alive() and len(killed) < 3:
+        server = server_of(record)
+        killed.add(server.pid)
+        os.kill(server.pid, signal.SIGKILL)
+        time.sleep(0.05)
+    reader.join(20)
+    assert got == [expected]
+    assert len(killed) == 3
+    compare_in_parallel(tree, site.root / "mnt")
+    assert record.server.alive
+    site.unmount()
+
+
+def test_without_its_supervisor_a_server_goes_on(site, repository, tree):
+    record = site.mount(repository)
+    server = server_of(record)
+    os.kill(record.server_pid, signal.SIGKILL)
+    assert record.server.wait(5)
+    compare_in_parallel(tree, site.root / "mnt")
+    site.unmount()
+    assert server.wait(5)
+
+
+def test_after_sigkill_of_both_readers_get_errors_and_umount_cleans_up(site, repository):
     repository.faults.latency_ms = 250
+    record = site.mount(repository)
+    server = server_of(record)
     failures = []
 
     def read():
@@ -237,6 +285,7 @@ def test_after_sigkill_readers_get_errors_and_umount_cleans_up(site, repository)
     reader.start()
     time.sleep(0.1)
     os.kill(record.server_pid, signal.SIGKILL)
+    os.kill(server.pid, signal.SIGKILL)
     reader.join(20)
     assert not reader.is_alive(), "a reader must not hang"
     assert len(failures) == 1
@@ -252,7 +301,7 @@ def test_after_sigkill_readers_get_errors_and_umount_cleans_up(site, repository)
 def test_a_claim_of_a_dead_process_is_taken_over(site, repository):
     child = os.fork()
     if child == 0:
-        import imgsnap.mount.session as session
+        import imgsnap.node.session as session
 
         session.start_detached = lambda run: os._exit(7)
         try:
@@ -379,7 +428,7 @@ def test_two_servers_share_one_cache(site, repository, tree):
 
 
 def test_a_kernel_without_file_backed_mounts_gets_a_loop_device(
-    site, repository, tree, monkeypatch
+    site, repository, tree, monkeypatch, caplog
 ):
     really = linux.mount
 
@@ -391,6 +440,6 @@ def test_a_kernel_without_file_backed_mounts_gets_a_loop_device(
     monkeypatch.setattr(linux, "mount", old_kernel)
     record = site.mount(repository)
     assert record.loop.startswith("/dev/loop")
-    assert "using a loop device" in record.log_path.read_text()
+    assert "using a loop device" in caplog.text
     compare_in_parallel(tree, site.root / "mnt", readers=2)
     site.unmount()

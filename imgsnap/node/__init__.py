@@ -1,0 +1,1 @@
+"""The node's processes: supervisor, block server, control daemon, and mounting with them."""

@@ -1,0 +1,221 @@
+"""The block server: the process that answers reads. It may be killed at any time.
+
+Everything it needs to go on is with others: the FUSE device with its supervisor, the attachments
+on disk, the bytes in the node cache or the repository.
+"""
+
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imgsnap.blockstore.fetcher import DEFAULT_THREADS
+from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.store import BlockStore, Device, ReadOptions
+from imgsnap.errors import ImgsnapError, NotFound
+from imgsnap.fuse import protocol
+from imgsnap.fuse.files import directory_node
+from imgsnap.fuse.server import FuseServer
+from imgsnap.fuse.session import FuseSession
+from imgsnap.mount import linux
+from imgsnap.node.attachments import Attachment, AttachmentTable
+from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
+from imgsnap.node.places import ServerPlaces
+from imgsnap.node.rpc import Answer, Server
+from imgsnap.node.source import Source
+from imgsnap.oci.platforms import parse_platform
+
+HOUSEKEEPING_S = 5.0
+"""How often overdue reads are failed; a read waits at most this much over its deadline."""
+_END_S = 1.0
+"""For the FUSE workers after an unmount; they stay in the kernel while a detached tree is used."""
+_ENDED = signal.SIGUSR1
+"""Sent by the FUSE workers to their own process when the superblock is gone."""
+_HANDLED = (signal.SIGTERM, signal.SIGINT, _ENDED)
+EXIT_ENDED = 0
+"""The superblock is gone: there is nothing to serve any more."""
+EXIT_STOPPED = 3
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """What every block server of a group is started with."""
+
+    places: ServerPlaces
+    cache_dir: Path
+    fetch_threads: int = DEFAULT_THREADS
+    cache_quota: int | None = None  # bytes; None: the one kept with the cache
+
+
+class BlockServer:
+    """One life of the server: from taking over the device to the end of the process."""
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        device: int,
+        session: FuseSession,
+        listener: socket.socket,
+        open_repository: OpenRepository,
+    ) -> None:
+        """`device` is the open /dev/fuse."""
+        self._settings = settings
+        self._fd = device
+        self._session = session
+        self._listener = listener
+        self._store = BlockStore(
+            NodeCache(settings.cache_dir, quota=settings.cache_quota),
+            fetch_threads=settings.fetch_threads,
+        )
+        self._repositories = Repositories(open_repository)
+        self._table = AttachmentTable(settings.places.attachments)
+        self._catalog = DeviceCatalog(self._table, self._store, self._repositories)
+
+    def run(self, ready: int = -1) -> int:
+        """Serves until the superblock is gone (EXIT_ENDED) or a signal ends it.
+
+        A byte is written to the descriptor `ready` when reads are being answered.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        own = threading.get_ident()
+        fuse = FuseServer(
+            self._fd,
+            self._catalog,
+            self._session,
+            on_end=lambda: signal.pthread_kill(own, _ENDED),
+        )
+        fuse.start()
+        Server(self._listener, self._handlers()).start()
+        if ready >= 0:
+            os.write(ready, b"\n")
+            os.close(ready)
+        ended = self._wait()
+        if ended:
+            fuse.join(_END_S)
+        for served in self._catalog.opened():
+            self._log_statistics(served.device)
+        self._store.close()
+        self._catalog.close()
+        self._repositories.close()
+        return EXIT_ENDED if ended else EXIT_STOPPED
+
+    def _wait(self) -> bool:
+        """True when the superblock is gone."""
+        self._store.cache.remove_stale_temporaries()
+        self._store.cache.budget.look()
+        while True:
+            info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
+            if info is None:
+                self._store.fetcher.expire()
+                continue
+            _log.info("ending on %s", signal.Signals(info.si_signo).name)
+            return info.si_signo == _ENDED
+
+    def _log_statistics(self, device: Device | None) -> None:
+        if device is not None:
+            digest = device.snapshot.manifest.digest
+            counts = json.dumps(device.reader.statistics.as_dict())
+            _log.info("statistics of %s: %s", digest, counts)
+
+    # Calls -----------------------------------------------------------------------------------
+
+    def _handlers(self) -> dict[str, Any]:
+        return {
+            "attach": self._attach,
+            "detach": self._detach,
+            "list": self._list,
+            "status": self._status,
+            "take": self._take,
+        }
+
+    def _attach(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Opens a snapshot and serves its device; the attachment's record."""
+        source = Source.from_json(args["source"])
+        platform = args.get("platform")
+        options = ReadOptions(**args.get("options", {}))
+        device = self._store.open(
+            self._repositories.get(source),
+            args["reference"],
+            platform=parse_platform(platform) if platform else None,
+            options=options,
+        )
+        snapshot = device.snapshot
+        attachment = Attachment(
+            number=0,
+            id=snapshot.manifest.digest.partition(":")[2],
+            source=source,
+            repository=snapshot.repository.name,
+            manifest_digest=snapshot.manifest.digest,
+            config_digest=snapshot.manifest.config.digest,
+            size=snapshot.size,
+            local=device.reader.local,
+            options=options,
+        )
+        kept = self._catalog.add(attachment, device)
+        _log.info("attached %s", kept.manifest_digest)
+        return kept.to_json()
+
+    def _detach(self, args: dict[str, Any]) -> None:
+        """Takes the device's name away; its bytes are served until the kernel forgets it."""
+        attachment = self._table.by_id(args["id"])
+        if attachment is None:
+            raise NotFound(f"{args['id']} is not attached")
+        self._table.detach(attachment)
+        directory = directory_node(attachment.number)
+        for parent, name in ((directory, b"layer.erofs"), (protocol.ROOT_ID, args["id"].encode())):
+            try:
+                os.write(self._fd, protocol.inval_entry_notification(parent, name))
+            except OSError as error:  # ENOENT: the kernel does not have it in memory
+                _log.debug("%s: %s", name, error)
+
+    def _list(self, args: dict[str, Any]) -> list[dict[str, Any]]:
+        return [found.to_json() for found in self._table.all()]
+
+    def _status(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Counters of what is open in this life of the server."""
+        devices = {}
+        for served in self._catalog.opened():
+            if served.device is not None:
+                devices[served.attachment.id] = served.device.reader.statistics.as_dict()
+        return {
+            "pid": os.getpid(),
+            "threads": threading.active_count(),
+            "cache": self._store.pool.counts.as_dict(),
+            "devices": devices,
+        }
+
+    def _take(self, args: dict[str, Any]) -> Answer:
+        """The FUSE device and the listening socket, for a supervisor whose forerunner died."""
+        return Answer({"pid": os.getpid()}, (self._fd, self._listener.fileno()))
+
+
+def start_log(path: Path) -> None:
+    """The log file instead of what the caller had set up, whose descriptors are closed."""
+    logging.raiseExceptions = False
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    # A command that logs has given the package a handler of its own, and no way to the root's.
+    package = logging.getLogger("imgsnap")
+    package.handlers.clear()
+    package.propagate = True
+    package.setLevel(logging.NOTSET)
+
+
+def run_block_server(server: BlockServer, ready: int) -> int:
+    """The process's whole life after the fork; its exit status."""
+    try:
+        linux.name_process("imgsnap-block")
+        linux.limit_heap()
+        return server.run(ready)
+    except Exception as error:
+        _log.error("the block server ends: %s", error, exc_info=not isinstance(error, ImgsnapError))
+        return 1

@@ -1,0 +1,291 @@
+"""The supervisor: a small process that holds the FUSE device and keeps a block server alive.
+
+The kernel fails a file system's readers only when the last descriptor of its device is closed.
+Two processes have it: this one, which does nothing that could fail, and the server it forks,
+which does everything. A server that ends is replaced at once, and the kernel is asked to send
+again what the old one left unanswered; readers see a pause. If this process is the one that
+dies, the next supervisor takes the descriptors back from the server (`take_over`).
+"""
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from imgsnap.fuse.session import FuseSession, negotiate
+from imgsnap.mount import attach
+from imgsnap.mount.process import ProcessId
+from imgsnap.node import rpc
+from imgsnap.node.block_server import (
+    EXIT_ENDED,
+    BlockServer,
+    ServerSettings,
+    run_block_server,
+)
+from imgsnap.node.devices import OpenRepository
+
+BACKOFF_FIRST_S = 0.05
+BACKOFF_MAX_S = 5.0
+"""Between servers that end before they are ready; one that was ready is replaced at once."""
+READY_TIMEOUT_S = 20.0
+"""A server that is not ready by then is ended: it hangs."""
+_STOP = (signal.SIGTERM, signal.SIGINT)
+_OOM_SCORE = -900
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Held:
+    """What outlives block servers."""
+
+    device: int  # the open /dev/fuse
+    session: FuseSession
+    listener: socket.socket  # of the block server's calls: callers wait while it is replaced
+
+    @classmethod
+    def create(cls, settings: ServerSettings) -> "Held":
+        """Mounts an empty superblock. Raises Unsupported, AccessDenied, OSError."""
+        places = settings.places
+        places.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        places.device_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        listener = rpc.listen(places.block_socket)
+        device = attach.mount_fuse(places.device_dir)
+        session = negotiate(device)
+        save_session(settings, session)
+        return cls(device, session, listener)
+
+
+def save_session(settings: ServerSettings, session: FuseSession) -> None:
+    path = settings.places.session
+    temporary = path.with_suffix(".new")
+    temporary.write_text(json.dumps(session._asdict()))
+    temporary.replace(path)
+
+
+def load_session(settings: ServerSettings) -> FuseSession:
+    """Raises OSError, ValueError."""
+    return FuseSession(**json.loads(settings.places.session.read_text()))
+
+
+@dataclass(slots=True)
+class _Child:
+    """A block server; `ready` is the reading end of its pipe until it has said so."""
+
+    process: ProcessId
+    pidfd: int
+    ready: int
+    started: float
+    ours: bool  # a child of this process, and not one that was taken over
+    served: bool  # it has been ready
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        if self.ready >= 0:
+            os.close(self.ready)
+
+
+class Supervisor:
+    """Runs in a process with one thread: it forks."""
+
+    def __init__(
+        self, settings: ServerSettings, held: Held, open_repository: OpenRepository
+    ) -> None:
+        self._settings = settings
+        self._held = held
+        self._open_repository = open_repository
+        self._child: _Child | None = None
+        self._failures = 0
+        self._not_before = 0.0
+        self._stop = False
+        self._poll = select.poll()
+        self._watched: dict[int, Callable[[], None]] = {}
+        self._wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for number in _STOP:
+            signal.signal(number, self._on_stop)
+        signal.set_wakeup_fd(wake)
+        self.watch(self._wake, self._drain)
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        self._stop = True
+
+    def _drain(self) -> None:
+        os.read(self._wake, 64)
+
+    def stop(self) -> None:
+        """Makes `run` return after the current event."""
+        self._stop = True
+
+    @property
+    def server(self) -> ProcessId | None:
+        return self._child.process if self._child is not None else None
+
+    def watch(self, fd: int, readable: Callable[[], None]) -> None:
+        """Calls `readable` when the descriptor is; until `unwatch`."""
+        self._watched[fd] = readable
+        self._poll.register(fd, select.POLLIN)
+
+    def unwatch(self, fd: int) -> None:
+        del self._watched[fd]
+        self._poll.unregister(fd)
+
+    def run(self) -> bool:
+        """Keeps a server running; True when the superblock is gone, False after `stop`."""
+        protect_from_oom()
+        while not self._stop:
+            if self._child is None and time.monotonic() >= self._not_before:
+                self._start()
+            for fd, _ in self._poll.poll(self._timeout_ms()):
+                if fd in self._watched:
+                    self._watched[fd]()
+            child = self._child
+            if child is not None and child.ready >= 0 and _late(child):
+                _log.error("block server %d is not ready in time; ending it", child.process.pid)
+                kill(child.process)
+            if self._ended():
+                return True
+        return False
+
+    def _timeout_ms(self) -> float | None:
+        if self._child is None:
+            return max(0.0, self._not_before - time.monotonic()) * 1000
+        return 1000.0 if self._child.ready >= 0 else None
+
+    # Servers ---------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Forks a server, which asks the kernel for unanswered requests as soon as it reads."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        child = os.fork()
+        if not child:
+            self._run_server(writer)
+        os.close(writer)
+        self._adopt(ProcessId.of(child), reader, ours=True)
+
+    def adopt(self, process: ProcessId) -> None:
+        """Watches over a server that a former supervisor started. Raises ProcessLookupError."""
+        self._adopt(process, -1, ours=False)
+
+    def _adopt(self, process: ProcessId, ready: int, *, ours: bool) -> None:
+        pidfd = os.pidfd_open(process.pid)
+        self._child = _Child(process, pidfd, ready, time.monotonic(), ours, served=not ours)
+        self.watch(pidfd, lambda: None)  # `_ended` looks
+        if ready >= 0:
+            self.watch(ready, self._on_ready)
+
+    def _on_ready(self) -> None:
+        child = self._child
+        if child is None or child.ready < 0:
+            return
+        self.unwatch(child.ready)
+        if os.read(child.ready, 1):
+            child.served = True
+            took_ms = (time.monotonic() - child.started) * 1000
+            _log.info("block server %d is ready after %.0f ms", child.process.pid, took_ms)
+        os.close(child.ready)
+        child.ready = -1
+
+    def _ended(self) -> bool:
+        """Takes note of a server that has ended; True when there is nothing left to serve."""
+        child = self._child
+        if child is None or not select.select([child.pidfd], [], [], 0)[0]:
+            return False
+        status = -1
+        if child.ours:
+            _, raw = os.waitpid(child.process.pid, 0)
+            status = os.waitstatus_to_exitcode(raw)
+        self._on_ready()  # it may have said so just before it ended
+        self.unwatch(child.pidfd)
+        child.close()
+        self._child = None
+        if status == EXIT_ENDED:
+            return True
+        self._failures = 0 if child.served else self._failures + 1
+        delay = BACKOFF_FIRST_S * 2 ** (self._failures - 1) if self._failures else 0.0
+        self._not_before = time.monotonic() + min(delay, BACKOFF_MAX_S)
+        _log.warning("block server %d ended (%d); replacing it", child.process.pid, status)
+        return False
+
+    def replace(self) -> None:
+        """Ends the server on purpose: `run` starts the next one."""
+        if self._child is not None:
+            kill(self._child.process)
+
+    def end_server(self) -> None:
+        """Ends the server without replacing it."""
+        child, self._child = self._child, None
+        if child is not None:
+            self.unwatch(child.pidfd)
+            if child.ready >= 0:
+                self.unwatch(child.ready)
+            child.process.end(2.0)
+            if child.ours:
+                os.waitpid(child.process.pid, 0)
+            child.close()
+
+    def _run_server(self, ready: int) -> None:
+        """In the child: becomes a block server and never returns."""
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in _STOP:
+                signal.signal(number, signal.SIG_DFL)
+            _set_oom_score(0)
+            for fd in self._watched:
+                os.close(fd)
+            server = BlockServer(
+                self._settings,
+                self._held.device,
+                self._held.session,
+                self._held.listener,
+                self._open_repository,
+            )
+            status = run_block_server(server, ready)
+        except BaseException:
+            _log.exception("the block server could not start")
+        finally:
+            logging.shutdown()
+            os._exit(status)
+
+
+def take_over(settings: ServerSettings) -> tuple[Held, ProcessId]:
+    """What a running block server holds, whose supervisor died. Raises Unavailable, OSError."""
+    session = load_session(settings)
+    answer = rpc.call_for_descriptors(settings.places.block_socket, "take", timeout_s=5.0)
+    device, listener = answer.descriptors
+    os.set_inheritable(device, False)
+    os.set_inheritable(listener, False)
+    held = Held(device, session, socket.socket(fileno=listener))
+    return held, ProcessId.of(int(answer.result["pid"]))
+
+
+def kill(process: ProcessId) -> None:
+    if process.alive:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def protect_from_oom() -> None:
+    """The kernel ends a server first, which loses nothing."""
+    _set_oom_score(_OOM_SCORE)
+
+
+def _set_oom_score(score: int) -> None:
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(score))
+    except OSError as error:
+        _log.debug("cannot set the OOM score: %s", error)
+
+
+def _late(child: _Child) -> bool:
+    return time.monotonic() - child.started > READY_TIMEOUT_S
+
+
+def status_of(supervisor: Supervisor) -> dict[str, Any]:
+    server = supervisor.server
+    return {"pid": os.getpid(), "server": server.pid if server is not None else None}
