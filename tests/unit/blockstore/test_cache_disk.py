@@ -47,6 +47,18 @@ def test_a_full_disk_is_read_through(built, tmp_path, room):
         snapshots(cache, scan(cache))
 
 
+@pytest.mark.parametrize("room", ["64k", "1m", "16m"])
+def test_servers_without_ranges(built, tmp_path, room):
+    """Whole packs, on disk or in memory."""
+    repository = MemoryRepository(built)
+    repository.faults.no_ranges = 1
+    with small_disk(tmp_path, room) as disk, open_store(repository, disk) as store:
+        for _ in range(2):
+            for offset in range(0, BLOCKS * 4096, 100_000):
+                data = store.reader.read(offset, 100_000)
+                assert data == built.device[offset : offset + 100_000]
+
+
 def test_it_stores_again_when_there_is_room(built, tmp_path):
     with small_disk(tmp_path, "8m") as disk, open_store(MemoryRepository(built), disk) as store:
         filler = disk / "filler"
