@@ -33,8 +33,8 @@ def command(
     REF may name the snapshot, or an image that has one. What is read is fetched and cached; a
     block server runs until `imgsnap umount DIRECTORY`.
     """
-    from imgsnap.node.session import mount_snapshot
+    from imgsnap.node.client import mount
 
-    record = mount_snapshot(*Places(settings, flags).mount_arguments(ref, directory, platform, rw))
+    record = mount(*Places(settings, flags).mount_arguments(ref, directory, platform, rw))
     if format_ == "json":
         print_json({"target": record.target, "digest": record.manifest_digest})

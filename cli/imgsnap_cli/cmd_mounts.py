@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from imgsnap.mount.records import MountRecord
 
 
-def _server(record: "MountRecord") -> str:
+def _server(record: "MountRecord", *, alive: bool) -> str:
     if record.direct:
         return "none needed"
-    return str(record.server_pid) if record.server.alive else "dead"
+    if not alive:
+        return "dead"
+    return "daemon" if record.by_daemon else str(record.server_pid)
 
 
 @click.command(short_help="List mounted snapshots")
@@ -22,9 +24,9 @@ def _server(record: "MountRecord") -> str:
 @click.pass_obj
 def command(settings: Settings, /, format_: str) -> None:
     """List the mounted snapshots of this machine."""
-    from imgsnap.node.session import mounts
+    from imgsnap.node.client import mounts
 
-    records = mounts(settings.run)
+    found = mounts(settings.run)
     if format_ == "json":
         print_json(
             {
@@ -36,11 +38,12 @@ def command(settings: Settings, /, format_: str) -> None:
                         "digest": record.manifest_digest,
                         "writable": record.read_write,
                         "pid": record.server_pid,
-                        "alive": record.direct or record.server.alive,
+                        "alive": alive,
+                        "daemon": record.by_daemon,
                         "direct": record.direct,
                         "created": record.created,
                     }
-                    for record in records
+                    for record, alive in found
                 ]
             }
         )
@@ -52,8 +55,8 @@ def command(settings: Settings, /, format_: str) -> None:
                 record.target,
                 f"{record.repository}@{record.manifest_digest[:19]}",
                 "rw" if record.read_write else "ro",
-                _server(record),
+                _server(record, alive=alive),
             )
-            for record in records
+            for record, alive in found
         ],
     )

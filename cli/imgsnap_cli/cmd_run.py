@@ -34,7 +34,7 @@ def command(
     by unshare. The exit code is the command's.
     """
     from imgsnap.mount import container
-    from imgsnap.node.session import mount_snapshot, unmount
+    from imgsnap.node.client import mount, unmount
     from imgsnap.oci.image_config import parse_run_config
 
     places = Places(settings, flags)
@@ -43,8 +43,8 @@ def command(
         bundle = Path(stack.enter_context(TemporaryDirectory(dir=settings.run, prefix="run-")))
         root = bundle / "rootfs"
         root.mkdir()
-        record = mount_snapshot(*places.mount_arguments(ref, root, platform, True))
-        stack.callback(unmount, root, settings.run)
+        record = mount(*places.mount_arguments(ref, root, platform, True))
+        stack.callback(unmount, root, settings.run, settings.cache)
         config, image_config = places.image_config(stack, ref, record.manifest_digest)
         if not container.supported_architecture(config.architecture):
             raise Unsupported(

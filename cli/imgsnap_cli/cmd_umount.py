@@ -15,10 +15,10 @@ from imgsnap_cli.settings import Settings
 @click.pass_obj
 def command(settings: Settings, /, directories: tuple[Path, ...], all_: bool, lazy: bool) -> None:
     """Unmount snapshots and remove everything their mounts made; the cache stays."""
-    from imgsnap.node.session import mounts, unmount
+    from imgsnap.node.client import mounts, unmount
 
     if all_ == bool(directories):
         raise InvalidArgument("name directories, or use --all", hint="imgsnap mounts lists them")
-    targets = [Path(record.target) for record in mounts(settings.run)] if all_ else directories
+    targets = [Path(record.target) for record, _ in mounts(settings.run)] if all_ else directories
     for target in targets:
-        unmount(target, settings.run, lazy=lazy)
+        unmount(target, settings.run, settings.cache, lazy=lazy)

@@ -19,6 +19,7 @@ COMMANDS = {
     "check": "Verify a snapshot, optionally against its source image",
     "completion": "Print a shell completion script",
     "convert": "Convert an OCI image to a snapshot",
+    "daemon": "Run and look after the node daemon",
     "doctor": "Say what this machine can do and what to install",
     "du": "Show what a snapshot takes in its store",
     "files": "List the files of a snapshot",

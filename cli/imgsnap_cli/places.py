@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
-    from imgsnap.node.session import MountOptions
     from imgsnap.node.source import Source
+    from imgsnap.node.targets import MountOptions
     from imgsnap.oci.locate import RegistryOptions
     from imgsnap.oci.reference import Location
     from imgsnap.oci.repository import Platform, Repository, WritableRepository
@@ -128,8 +128,8 @@ class Places:
         self, text: str, target: Path, platform: str | None, read_write: bool
     ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
-        from imgsnap.node.session import MountOptions
         from imgsnap.node.source import Source
+        from imgsnap.node.targets import MountOptions
         from imgsnap.oci.locate import reference_of
         from imgsnap.oci.reference import parse_location
 
@@ -143,7 +143,12 @@ class Places:
             read_write=read_write,
             cache_quota=_quota(self._settings),
         )
-        source = Source(_lasting(location), self._settings.store, self._registry_options())
+        source = Source(
+            _lasting(location),
+            self._settings.store,
+            self._registry_options(),
+            Source.kept_environ(self._settings.environ),
+        )
         return options, source, lambda found: found.open(self._settings.environ)
 
     def image_config(

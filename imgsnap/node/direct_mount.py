@@ -5,8 +5,9 @@ here; then a tag is, so that it means what it means now.
 """
 
 import logging
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NoReturn
 
 from imgsnap.blockstore.cache_pins import Pin, boot_id, snapshot_parts, unpin, write_pin
@@ -15,8 +16,13 @@ from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.resolve import remembered_snapshot, resolve_snapshot
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
 from imgsnap.digest import Digest, parse_digest
-from imgsnap.errors import ImgsnapError, InvalidArgument, NotFound, Unavailable
-from imgsnap.mount.records import MountRecord
+from imgsnap.errors import ImgsnapError, InvalidArgument, Unavailable
+from imgsnap.mount import attach, teardown
+from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
+from imgsnap.mount.tree import show_tree
+from imgsnap.node.devices import OpenRepository
+from imgsnap.node.source import Source
+from imgsnap.node.targets import MountOptions, claim
 from imgsnap.oci.repository import ByteStream, Descriptor, Platform, RawManifest, Repository
 
 _log = logging.getLogger(__name__)
@@ -66,11 +72,63 @@ class DirectMount:
         )
 
 
-def release(record: MountRecord, cache: NodeCache) -> None:
+def mount_direct(
+    options: MountOptions, source: Source, open_repository: OpenRepository
+) -> MountRecord | None:
+    """Mounts a snapshot that is complete in the cache; None when a server is needed.
+
+    Raises what claiming the target raises; anything else that goes wrong is left to the server
+    to meet and report.
+    """
+    try:
+        cache = NodeCache(options.cache_dir, quota=options.cache_quota)
+        with closing(open_repository(source)) as repository:
+            found = find_direct(cache, repository, options.reference, options.platform)
+    except (ImgsnapError, OSError) as error:
+        _log.debug("not mounted directly: %s", error)
+        return None
+    if found is None:
+        return None
+    with closing(found):
+        options, claimed = claim(options)
+        records = MountRecords(options.run_dir)
+        record = found.record(claimed, str(options.cache_dir))
+        try:
+            # While it says STARTING the record names us, so that nobody takes it for abandoned.
+            records.update(
+                replace(
+                    record,
+                    server_pid=claimed.server_pid,
+                    server_start_time=claimed.server_start_time,
+                )
+            )
+            found.pin(cache, record)
+            shown = show_tree(
+                record,
+                lambda image, target: attach.mount_erofs_devices(
+                    image, target, found.device.mount_options
+                ),
+            )
+            shown = replace(shown, state=MOUNTED)
+            records.update(shown)
+        except BaseException as error:
+            teardown.unmount_tree(record, lazy=True)
+            release(record)
+            teardown.remove_entry(records, record)
+            teardown.remove_instance(record)
+            if not isinstance(error, ImgsnapError):
+                raise
+            _log.info("%s is not mounted directly: %s", options.reference, error)
+            return None
+    return shown
+
+
+def release(record: MountRecord) -> None:
     """Lets the parts of an unmounted snapshot go."""
     try:
+        cache = NodeCache(Path(record.direct_cache))
         unpin(cache, parse_digest(record.manifest_digest), _holder(record))
-    except (NotFound, InvalidArgument) as error:
+    except ImgsnapError as error:
         _log.info("%s was not pinned: %s", record.target, error)
 
 

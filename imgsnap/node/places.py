@@ -40,3 +40,35 @@ class ServerPlaces:
     def device(self, attachment_id: str) -> Path:
         """The device's file."""
         return self.device_dir / attachment_id / DEVICE_FILE
+
+
+@dataclass(frozen=True, slots=True)
+class NodePlaces:
+    """The node daemon's files under the run directory::
+
+    <run_dir>/control.sock          calls to the daemon
+    <run_dir>/node/                 its block server (ServerPlaces), the superblock in node/dev
+    <run_dir>/node/tree/<id>        each attachment's EROFS, mounted once for all its users
+    <run_dir>/node/users/<id>/      one empty file per mount that shows it
+    """
+
+    run_dir: Path
+
+    @property
+    def control_socket(self) -> Path:
+        return self.run_dir / "control.sock"
+
+    @property
+    def server(self) -> ServerPlaces:
+        root = self.run_dir / "node"
+        return ServerPlaces(root, root / "dev", root / "block.log")
+
+    @property
+    def control_log(self) -> Path:
+        return self.run_dir / "node" / "control.log"
+
+    def tree(self, attachment_id: str) -> Path:
+        return self.run_dir / "node" / "tree" / attachment_id
+
+    def users(self, attachment_id: str) -> Path:
+        return self.run_dir / "node" / "users" / attachment_id

@@ -28,6 +28,10 @@ _RECEIVE = 65536
 _log = logging.getLogger(__name__)
 
 
+class NobodyListens(Unavailable):
+    """There is no process behind the socket."""
+
+
 class Interrupted(Unavailable):
     """The process died, or was replaced, before it had answered."""
 
@@ -96,7 +100,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def connect(path: Path, timeout_s: float) -> socket.socket:
-    """Raises Unavailable when nobody listens there."""
+    """Raises NobodyListens."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(timeout_s)
     try:
@@ -104,7 +108,7 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
             connection.connect(name)
     except OSError as error:
         connection.close()
-        raise Unavailable(f"{path} does not answer: {error.strerror or error}") from error
+        raise NobodyListens(f"{path} does not answer: {error.strerror or error}") from error
     return connection
 
 

@@ -168,13 +168,14 @@ class Supervisor:
         os.close(writer)
         self._adopt(ProcessId.of(child), reader, ours=True)
 
-    def adopt(self, process: ProcessId) -> None:
-        """Watches over a server that a former supervisor started. Raises ProcessLookupError."""
-        self._adopt(process, -1, ours=False)
+    def adopt(self, process: ProcessId, *, ours: bool) -> None:
+        """Watches over a server that a former supervisor started; `ours` when that was this
+        process before it became another program. Raises ProcessLookupError."""
+        self._adopt(process, -1, ours=ours)
 
     def _adopt(self, process: ProcessId, ready: int, *, ours: bool) -> None:
         pidfd = os.pidfd_open(process.pid)
-        self._child = _Child(process, pidfd, ready, time.monotonic(), ours, served=not ours)
+        self._child = _Child(process, pidfd, ready, time.monotonic(), ours, served=ready < 0)
         self.watch(pidfd, lambda: None)  # `_ended` looks
         if ready >= 0:
             self.watch(ready, self._on_ready)

@@ -16,7 +16,7 @@ from tests.support.cli import Cli, Result, refused
 from tests.support.docker_registry import PASSWORD, USER, DockerRegistry, running_registry
 from tests.support.image_builder import collect, image, sha256, write_layout
 from tests.support.mounts import mounted
-from tests.support.samples import base_tar, noise, top_tar
+from tests.support.samples import base_tar, many_files, noise, top_tar
 from tests.support.slow_link import slow_link
 from tests.support.tars import Item, layer_tar
 
@@ -48,10 +48,6 @@ def flip(path: Path, offset: int) -> None:
         byte = file.read(1)
         file.seek(offset)
         file.write(bytes([byte[0] ^ 0x55]))
-
-
-def many_files(count: int = 40, size: int = 60_000) -> bytes:
-    return layer_tar([Item(b"f%02d" % n, content=noise(size, n)) for n in range(count)])
 
 
 # Damage ------------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from imgsnap.errors import (
 from imgsnap.mount import linux
 from imgsnap.mount.process import ProcessId
 from imgsnap.node import rpc
-from imgsnap.node.session import MountOptions, mount_snapshot, mounts, unmount
+from imgsnap.node.session import mount_snapshot, mounts, unmount
 from imgsnap.node.source import Source
+from imgsnap.node.targets import MountOptions
 from tests.support.memory_repository import MemoryRepository
 from tests.support.mounts import mounted
 from tests.support.readers import compare_in_parallel, listing

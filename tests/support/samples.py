@@ -63,3 +63,8 @@ def program_tar() -> bytes:
             Item(b"etc/group", content=b"root:x:0:\napp:x:2345:\nextra:x:3456:app\n"),
         ]
     )
+
+
+def many_files(count: int = 40, size: int = 60_000) -> bytes:
+    """A layer of files f00, f01, ... of which each has its own noise."""
+    return layer_tar([Item(b"f%02d" % n, content=noise(size, n)) for n in range(count)])

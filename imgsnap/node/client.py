@@ -1,0 +1,113 @@
+"""Mounting for commands: through the node daemon when it runs, else with a server of their own."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from imgsnap.errors import NotFound, Unavailable
+from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
+from imgsnap.node import rpc, session
+from imgsnap.node.devices import OpenRepository
+from imgsnap.node.direct_mount import mount_direct
+from imgsnap.node.places import NodePlaces
+from imgsnap.node.source import Source
+from imgsnap.node.targets import MountOptions
+
+CONNECT_TIMEOUT_S = 5.0
+
+
+def find_daemon(run_dir: Path) -> dict[str, Any] | None:
+    """The daemon's status, or None when none answers."""
+    socket = NodePlaces(Path(os.path.realpath(run_dir))).control_socket
+    if not socket.exists():
+        return None  # the common case costs no import and no system call more
+    try:
+        status: dict[str, Any] = rpc.call(socket, "status", timeout_s=CONNECT_TIMEOUT_S)
+    except Unavailable:
+        return None
+    return status
+
+
+def mount(options: MountOptions, source: Source, open_repository: OpenRepository) -> MountRecord:
+    """Mounts a snapshot on a directory; see `session.mount_snapshot` for what is raised.
+
+    A snapshot that is complete in the cache is mounted from its files, and nobody serves it.
+    Else the daemon is asked when it has the same cache and sees the same mounts as this process.
+    """
+    direct = mount_direct(options, source, open_repository)
+    if direct is not None:
+        return direct
+    status = find_daemon(options.run_dir)
+    if status is None or not _same_place(status, options):
+        return session.mount_snapshot(options, source, open_repository)
+    record = rpc.call(
+        NodePlaces(Path(os.path.realpath(options.run_dir))).control_socket,
+        "mount",
+        timeout_s=options.mount_timeout_s,
+        source=source.to_json(),
+        reference=options.reference,
+        platform=str(options.platform) if options.platform else None,
+        target=os.path.realpath(options.target),
+        read_write=options.read_write,
+        rw_root=str(options.rw_root) if options.rw_root else None,
+        options=asdict(options.read),
+    )
+    return MountRecord(**record)
+
+
+def _same_place(status: dict[str, Any], options: MountOptions) -> bool:
+    from imgsnap.node.control import mount_namespace
+
+    cache = os.path.realpath(options.cache_dir)
+    return bool(status["cache"] == cache and status["namespace"] == mount_namespace())
+
+
+def unmount(target: Path, run_dir: Path, cache_dir: Path, *, lazy: bool = False) -> None:
+    """Unmounts what `mount` mounted, also when the daemon is not running now.
+
+    Raises NotFound for a target that is not ours, Busy while it is in use.
+    """
+    run_dir, target = Path(os.path.realpath(run_dir)), Path(os.path.realpath(target))
+    records = MountRecords(run_dir)
+    record = records.get(records.id_of(target))
+    if record is None or not record.by_daemon:
+        session.unmount(target, run_dir, lazy=lazy)
+        return
+    socket = NodePlaces(run_dir).control_socket
+    if find_daemon(run_dir) is not None:
+        rpc.call(socket, "umount", timeout_s=60.0, target=str(target), lazy=lazy)
+        return
+    from imgsnap.node.control import Control
+
+    # The daemon knows nothing that is not on disk: we can do as it would.
+    Control(run_dir, cache_dir).umount({"target": str(target), "lazy": lazy})
+
+
+def mounts(run_dir: Path) -> list[tuple[MountRecord, bool]]:
+    """All mounts under a run directory, by target, and whether somebody serves them."""
+    found = [record for record in MountRecords(run_dir).all() if record.state == MOUNTED]
+    served = _daemon_serves(run_dir) if any(record.by_daemon for record in found) else False
+    return [
+        (record, served if record.by_daemon else record.direct or record.server.alive)
+        for record in found
+    ]
+
+
+def _daemon_serves(run_dir: Path) -> bool:
+    try:
+        rpc.call(NodePlaces(run_dir).server.block_socket, "status", timeout_s=CONNECT_TIMEOUT_S)
+    except Unavailable:
+        return False
+    return True
+
+
+def daemon_call(run_dir: Path, operation: str, **args: Any) -> Any:
+    """Asks the daemon. Raises NotFound when none runs."""
+    socket = NodePlaces(Path(os.path.realpath(run_dir))).control_socket
+    try:
+        return rpc.call(socket, operation, **args)
+    except Unavailable as error:
+        if find_daemon(run_dir) is not None:
+            raise
+        raise NotFound("no daemon runs here", hint="start one with `imgsnap daemon run`") from error

@@ -1,0 +1,245 @@
+"""The node daemon's decisions: attach, show, count users, detach.
+
+It keeps nothing in memory that is not on disk: it may end at any moment and be started again, and
+what is mounted does not notice.
+"""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from imgsnap import __version__
+from imgsnap.blockstore.store import ReadOptions
+from imgsnap.errors import Busy, InvalidArgument, NotFound, Unavailable
+from imgsnap.mount import attach, linux, teardown
+from imgsnap.mount.linux import MountFlag
+from imgsnap.mount.overlay import WritableLayer, mount_overlay
+from imgsnap.mount.process import ProcessId
+from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
+from imgsnap.node import rpc
+from imgsnap.node.attachments import Attachment
+from imgsnap.node.places import NodePlaces
+from imgsnap.node.source import Source
+from imgsnap.node.targets import MountOptions, claim
+from imgsnap.oci.platforms import parse_platform
+
+ATTACH_TIMEOUT_S = 300.0
+CALL_TIMEOUT_S = 20.0
+_SUPERVISOR_WAIT_S = 0.05
+_log = logging.getLogger(__name__)
+
+
+class Control:
+    """The operations behind the control socket. Safe for threads."""
+
+    def __init__(self, run_dir: Path, cache_dir: Path) -> None:
+        self.places = NodePlaces(run_dir)
+        self._run_dir = run_dir
+        self._cache_dir = cache_dir
+        self._records = MountRecords(run_dir)
+        self._started = time.time()
+        self._locks_lock = threading.Lock()
+        self._locks: dict[str, threading.Lock] = {}
+
+    def handlers(self) -> dict[str, rpc.Handler]:
+        return {
+            "status": self.status,
+            "mount": self.mount,
+            "umount": self.umount,
+            "attachments": self.attachments,
+            "statistics": self.statistics,
+        }
+
+    def status(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Answers without looking at what is mounted: in milliseconds, however much that is."""
+        return {
+            "pid": os.getpid(),
+            "version": __version__,
+            "started": self._started,
+            "cache": str(self._cache_dir),
+            "namespace": mount_namespace(),
+            "supervisor": self._supervisor(),
+        }
+
+    def _supervisor(self) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = rpc.call(
+                self.places.server.supervisor_socket, "status", timeout_s=CALL_TIMEOUT_S
+            )
+        except Unavailable:
+            return None
+        return found
+
+    def attachments(self, args: dict[str, Any]) -> list[dict[str, Any]]:
+        """Every attachment with the number of its users."""
+        found: list[dict[str, Any]] = self._block("list")
+        for attachment in found:
+            users = self.places.users(attachment["id"])
+            attachment["users"] = len(list(users.iterdir())) if users.is_dir() else 0
+        return found
+
+    def statistics(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The block server's counters, since it was started or replaced."""
+        found: dict[str, Any] = self._block("status")
+        return found
+
+    def _block(self, operation: str, timeout_s: float = CALL_TIMEOUT_S, **args: Any) -> Any:
+        """Calls the block server; waits for a supervisor that is being started."""
+        path = self.places.server.block_socket
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while True:
+            try:
+                return rpc.call_again(path, operation, timeout_s=timeout_s, **args)
+            except rpc.NobodyListens:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_SUPERVISOR_WAIT_S)
+
+    # Mounting --------------------------------------------------------------------------------
+
+    def mount(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Shows a snapshot on a directory; the mount's record.
+
+        A snapshot is attached and its EROFS mounted once, however many directories show it: they
+        share its page cache.
+        """
+        options, record = claim(self._options(args))
+        try:
+            record, attachment = self._attach(options, args, record)
+            self._show(record, attachment)
+            server = self._supervisor()
+            if server is not None:
+                record = record.with_server(ProcessId.of(int(server["pid"])))
+            record = replace(record, state=MOUNTED)
+            self._records.update(record)
+        except BaseException:
+            self._remove(self._records.get(record.id) or record, lazy=True)
+            raise
+        _log.info("mounted %s on %s", record.manifest_digest, record.target)
+        return asdict(record)
+
+    def _options(self, args: dict[str, Any]) -> MountOptions:
+        platform, rw_root = args.get("platform"), args.get("rw_root")
+        try:
+            return MountOptions(
+                reference=args["reference"],
+                target=Path(args["target"]),
+                run_dir=self._run_dir,
+                cache_dir=self._cache_dir,
+                platform=parse_platform(platform) if platform else None,
+                read_write=bool(args.get("read_write")),
+                rw_root=Path(rw_root) if rw_root else None,
+                read=ReadOptions(**args.get("options", {})),
+            )
+        except (KeyError, TypeError) as error:
+            raise InvalidArgument(f"not a request to mount: {error}") from error
+
+    def _attach(
+        self, options: MountOptions, args: dict[str, Any], record: MountRecord
+    ) -> tuple[MountRecord, Attachment]:
+        """Attaches the snapshot and counts this mount among its users."""
+        source = Source.from_json(args["source"])
+        for _ in range(3):
+            attachment = Attachment.from_json(
+                self._block(
+                    "attach",
+                    ATTACH_TIMEOUT_S,
+                    source=source.to_json(),
+                    reference=options.reference,
+                    platform=str(options.platform) if options.platform else None,
+                    options=asdict(options.read),
+                )
+            )
+            with self._lock(attachment.id):
+                users = self.places.users(attachment.id)
+                users.mkdir(parents=True, exist_ok=True, mode=0o700)
+                (users / record.id).touch()
+                device = self.places.server.device(attachment.id)
+                if not device.exists():
+                    continue  # its last user went between the two
+                self._mount_tree(attachment, device)
+            record = replace(
+                record,
+                by_daemon=True,
+                repository=attachment.repository,
+                manifest_digest=attachment.manifest_digest,
+                config_digest=attachment.config_digest,
+                device=str(device),
+            )
+            self._records.update(record)
+            return record, attachment
+        raise Busy(f"{options.reference} is being detached by others")
+
+    def _mount_tree(self, attachment: Attachment, device: Path) -> None:
+        tree = self.places.tree(attachment.id)
+        tree.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if any(point.target == tree for point in linux.mount_points()):
+            return
+        # EROFS takes the readahead that the file system has now.
+        attach.tune_readahead(
+            self.places.server.device_dir,
+            attach.READ_AHEAD_LOCAL_KB if attachment.local else attach.READ_AHEAD_LAZY_KB,
+        )
+        attach.mount_erofs(device, tree)
+
+    def _show(self, record: MountRecord, attachment: Attachment) -> None:
+        tree, target = self.places.tree(attachment.id), Path(record.target)
+        if record.read_write:
+            layer = WritableLayer(Path(record.rw_dir))
+            layer.create()
+            mount_overlay(record.overlay_source, tree, layer, target)
+            return
+        try:
+            linux.mount(str(tree), target, "none", MountFlag.BIND)
+        except OSError as error:
+            raise linux.mount_error(error) from error
+
+    def umount(self, args: dict[str, Any]) -> None:
+        """Takes a snapshot off a directory; the last user's end detaches it."""
+        target = Path(os.path.realpath(args["target"]))
+        record = self._records.get(self._records.id_of(target))
+        if record is None or not record.by_daemon:
+            raise NotFound(f"{target} is not a snapshot that this daemon mounted")
+        self._remove(record, lazy=bool(args.get("lazy")))
+
+    def _remove(self, record: MountRecord, *, lazy: bool) -> None:
+        teardown.unmount_tree(record, lazy=lazy)
+        attachment_id = Path(record.device).parent.name if record.device else ""
+        if attachment_id:
+            self._leave(attachment_id, record, lazy=lazy)
+        teardown.remove_entry(self._records, record)
+        teardown.remove_instance(record)
+
+    def _leave(self, attachment_id: str, record: MountRecord, *, lazy: bool) -> None:
+        with self._lock(attachment_id):
+            users = self.places.users(attachment_id)
+            (users / record.id).unlink(missing_ok=True)
+            try:
+                users.rmdir()
+            except FileNotFoundError:
+                pass
+            except OSError:
+                return  # others show it
+            tree = self.places.tree(attachment_id)
+            attach.unmount(tree, lazy=lazy, retry=True)
+            attach.remove_directory(tree)
+            with contextlib.suppress(NotFound):
+                self._block("detach", id=attachment_id)
+
+    @contextlib.contextmanager
+    def _lock(self, attachment_id: str) -> Iterator[None]:
+        with self._locks_lock:
+            lock = self._locks.setdefault(attachment_id, threading.Lock())
+        with lock:
+            yield
+
+
+def mount_namespace() -> int:
+    """Tells whether another process sees the same mounts."""
+    return Path("/proc/self/ns/mnt").stat().st_ino

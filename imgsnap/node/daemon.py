@@ -1,0 +1,195 @@
+"""The node daemon's control process: it answers the CLI, and sees that there is a supervisor."""
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, NotFound, Unavailable
+from imgsnap.mount import linux
+from imgsnap.mount.process import ProcessId
+from imgsnap.mount.records import MountRecords
+from imgsnap.node import rpc, systemd
+from imgsnap.node.block_server import start_log
+from imgsnap.node.control import Control
+from imgsnap.node.places import NodePlaces
+from imgsnap.node.supervise import command
+
+SUPERVISOR_TIMEOUT_S = 20.0
+WATCH_S = 2.0
+"""How often the supervisor is looked for; readers do not wait for this, only its upgrades do."""
+_END_GRACE_S = 10.0
+STATE_VARIABLE = "IMGSNAP_CONTROL_SOCKET"
+_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_log = logging.getLogger(__name__)
+
+
+def run_daemon(run_dir: Path, cache_dir: Path) -> int:
+    """Answers calls until SIGTERM; mounts and the block server stay. SIGUSR2 makes it the program
+    that is installed now. Raises AlreadyExists when a daemon runs, AccessDenied, OSError."""
+    run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    linux.name_process("imgsnap-control")
+    places = NodePlaces(run_dir)
+    MountRecords(run_dir).prepare()
+    places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    listener, passed = _listener(places)
+    control = Control(run_dir, cache_dir)
+    rpc.Server(listener, control.handlers()).start()
+    ensure_supervisor(places, cache_dir)
+    systemd.notify(os.environ, "READY=1")
+    start_log(places.control_log)
+    while True:
+        info = signal.sigtimedwait(_STOP, WATCH_S)
+        if info is None:
+            try:
+                ensure_supervisor(places, cache_dir)
+            except ImgsnapError as error:
+                _log.error("%s", error)
+            continue
+        if info.si_signo == signal.SIGUSR2:
+            _become_new(listener, passed)
+        systemd.notify(os.environ, "STOPPING=1")
+        if not passed:
+            places.control_socket.unlink(missing_ok=True)
+        return 0
+
+
+def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:
+    """The socket that was kept across an upgrade or passed by systemd, or a new one; whether it is
+    systemd's, which goes on listening."""
+    kept = os.environ.pop(STATE_VARIABLE, "")
+    passed = systemd.take_descriptors(os.environ)
+    if kept:
+        number, _, owner = kept.partition(":")
+        os.set_inheritable(int(number), False)
+        return socket.socket(fileno=int(number)), owner == "systemd"
+    if passed:
+        return socket.socket(fileno=next(iter(passed.values()))), True
+    try:
+        running = rpc.call(places.control_socket, "status", timeout_s=5.0)
+    except Unavailable:
+        return rpc.listen(places.control_socket), False
+    raise AlreadyExists(
+        f"a daemon runs already (pid {running['pid']})", hint="imgsnap daemon status shows it"
+    )
+
+
+def _become_new(listener: socket.socket, passed: bool) -> None:
+    os.set_inheritable(listener.fileno(), True)
+    owner = "systemd" if passed else "ours"
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
+    environ = {**os.environ, STATE_VARIABLE: f"{listener.fileno()}:{owner}"}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)  # noqa: S606
+
+
+def ensure_supervisor(places: NodePlaces, cache_dir: Path) -> None:
+    """Starts a supervisor unless one answers. Raises Unavailable when it does not come up."""
+    try:
+        rpc.call(places.server.supervisor_socket, "status", timeout_s=SUPERVISOR_TIMEOUT_S)
+    except Unavailable:
+        _start_supervisor(places, cache_dir)
+
+
+def _start_supervisor(places: NodePlaces, cache_dir: Path) -> None:
+    environ = {k: v for k, v in os.environ.items() if k != "NOTIFY_SOCKET"}
+    process = subprocess.Popen(
+        command(places.run_dir, cache_dir),
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=_unblock,
+    )
+    deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            rpc.call(places.server.supervisor_socket, "status", timeout_s=1.0)
+        except Unavailable:
+            if process.poll() is not None:
+                reason = process.stderr.read().decode() if process.stderr else ""
+                raise Unavailable(f"the supervisor does not start: {reason.strip()}") from None
+            time.sleep(0.02)
+        else:
+            return
+    raise Unavailable("the supervisor does not answer")
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
+
+
+def upgrade(run_dir: Path) -> dict[str, object]:
+    """Replaces supervisor, block server and control process by what is installed now.
+
+    Raises NotFound when no daemon runs, ImgsnapError when what is installed does not start:
+    then nothing has changed.
+    """
+    places = NodePlaces(Path(os.path.realpath(run_dir)))
+    try:
+        before = rpc.call(places.control_socket, "status", timeout_s=5.0)
+    except rpc.NobodyListens as error:
+        raise NotFound("no daemon runs here") from error
+    check = subprocess.run(
+        [sys.executable, "-m", "imgsnap.node.supervise", "check"], capture_output=True, text=True
+    )
+    if check.returncode:
+        last = (check.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ImgsnapError(f"the installed version does not start: {last}")
+    old = rpc.call(places.server.supervisor_socket, "status", timeout_s=5.0)
+    rpc.call(places.server.supervisor_socket, "upgrade", timeout_s=5.0)
+    os.kill(int(before["pid"]), signal.SIGUSR2)
+    deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        try:
+            status = rpc.call(places.control_socket, "status", timeout_s=5.0)
+        except Unavailable:
+            continue
+        now = status["supervisor"]
+        if (
+            now
+            and now["server"] not in (None, old["server"])
+            and (status["started"] != before["started"])
+        ):
+            return {"from": before["version"], "to": status["version"], "server": now["server"]}
+    raise Unavailable("the daemon does not answer after its upgrade")
+
+
+def stop_daemon(run_dir: Path, cache_dir: Path, *, force: bool) -> None:
+    """Ends control process, supervisor and block server.
+
+    Raises NotFound when none of them runs, Busy while snapshots are mounted unless `force`
+    detaches them.
+    """
+    run_dir = Path(os.path.realpath(run_dir))
+    places = NodePlaces(run_dir)
+    control, supervisor = _pid(places.control_socket), _pid(places.server.supervisor_socket)
+    if control is None and supervisor is None:
+        raise NotFound("no daemon runs here")
+    mounted = [record for record in MountRecords(run_dir).all() if record.by_daemon]
+    if mounted and not force:
+        raise Busy(
+            f"{len(mounted)} snapshots are mounted, for example on {mounted[0].target}",
+            hint="unmount them (imgsnap umount --all), or stop with --force",
+        )
+    for record in mounted:
+        Control(run_dir, cache_dir).umount({"target": record.target, "lazy": True})
+    if control is not None:
+        control.end(_END_GRACE_S)
+    if supervisor is not None:
+        rpc.call(places.server.supervisor_socket, "stop", timeout_s=5.0, force=force)
+        if not supervisor.wait(_END_GRACE_S):
+            supervisor.end(_END_GRACE_S)
+
+
+def _pid(path: Path) -> ProcessId | None:
+    try:
+        return ProcessId.of(int(rpc.call(path, "status", timeout_s=5.0)["pid"]))
+    except (Unavailable, ProcessLookupError):
+        return None

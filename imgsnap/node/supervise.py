@@ -1,0 +1,226 @@
+"""The node daemon's supervisor, as a process: `python -m imgsnap.node.supervise RUN CACHE`.
+
+It starts from what it finds: descriptors kept across its own upgrade, those in systemd's store,
+those of a block server whose supervisor died, or nothing. A service manager or the control
+daemon starts it again if it ends; block server and readers do not notice.
+"""
+
+import contextlib
+import importlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from imgsnap import __version__
+from imgsnap.errors import ImgsnapError, Unavailable
+from imgsnap.fuse.session import FuseSession
+from imgsnap.mount import attach, linux
+from imgsnap.mount.process import ProcessId
+from imgsnap.node import rpc, systemd
+from imgsnap.node.block_server import ServerSettings, start_log
+from imgsnap.node.places import NodePlaces
+from imgsnap.node.source import Source
+from imgsnap.node.supervisor import Held, Supervisor, load_session, take_over
+from imgsnap.oci.repository import Repository
+
+STATE_VARIABLE = "IMGSNAP_SUPERVISOR_STATE"
+FUSE_NAME, BLOCK_NAME = "imgsnap-fuse", "imgsnap-block"
+_PRELOADED = (
+    "blake3",
+    "zstandard",
+    "http.client",
+    "ssl",
+    "urllib3",
+    "imgsnap.oci.registry",
+    "imgsnap.oci.layout",
+)
+"""Imported before the first fork: every server shares them, and the next one is ready at once."""
+_CALLER_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class NodeSupervisor:
+    """A supervisor that can be called, and replaced by a newer version of itself."""
+
+    def __init__(self, places: NodePlaces, cache_dir: Path) -> None:
+        self._places = places
+        self._settings = ServerSettings(places.server, cache_dir)
+        self._socket: socket.socket
+        self._held: Held
+        self._supervisor: Supervisor
+        self._next = "end"  # after `run`: "end" or "upgrade"
+
+    def start(self) -> None:
+        """Takes over what there is, or mounts a new superblock. Raises ImgsnapError, OSError."""
+        kept = os.environ.pop(STATE_VARIABLE, "")
+        passed = systemd.take_descriptors(os.environ)
+        server: ProcessId | None = None
+        if kept:
+            state = json.loads(kept)
+            self._held = Held(
+                state["device"],
+                FuseSession(**state["session"]),
+                socket.socket(fileno=state["listener"]),
+            )
+            self._socket = socket.socket(fileno=state["socket"])
+            for fd in (state["device"], state["listener"], state["socket"]):
+                os.set_inheritable(fd, False)
+            server = ProcessId(**state["server"]) if state["server"] else None
+            _log.info("upgraded to %s", __version__)
+        else:
+            self._places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._held, server = self._find(passed)
+            self._socket = rpc.listen(self._places.server.supervisor_socket)
+        for name, fd in ((FUSE_NAME, self._held.device), (BLOCK_NAME, self._listener)):
+            if name not in passed:
+                systemd.store_descriptor(os.environ, name, fd)
+        self._supervisor = Supervisor(self._settings, self._held, open_source)
+        self._supervisor.watch(self._socket.fileno(), self._answer)
+        if server is not None:
+            if kept:
+                # An older version's server, and a child of ours: exec keeps the pid.
+                self._supervisor.adopt(server, ours=True)
+                self._supervisor.replace()
+            else:
+                self._supervisor.adopt(server, ours=False)
+
+    @property
+    def _listener(self) -> int:
+        return self._held.listener.fileno()
+
+    def _find(self, passed: dict[str, int]) -> tuple[Held, ProcessId | None]:
+        if FUSE_NAME in passed and BLOCK_NAME in passed:
+            listener = socket.socket(fileno=passed[BLOCK_NAME])
+            held = Held(passed[FUSE_NAME], load_session(self._settings), listener)
+            _log.info("took over the device from the service manager")
+            # The server, if it lives, answers on the socket we share with it: ask it to end.
+            with contextlib.suppress(ImgsnapError, OSError, ValueError):
+                _, server = take_over(self._settings)
+                return held, server
+            return held, None
+        try:
+            held, server = take_over(self._settings)
+        except (Unavailable, OSError, ValueError) as error:
+            _log.info("nothing to take over (%s)", error)
+        else:
+            _log.info("took over block server %d", server.pid)
+            return held, server
+        self._clean()
+        return Held.create(self._settings), None
+
+    def _clean(self) -> None:
+        """Removes what dead processes left: a superblock that nobody serves any more."""
+        server = self._places.server
+        with contextlib.suppress(ImgsnapError):
+            attach.unmount(server.device_dir, lazy=True)
+
+    def run(self) -> int:
+        systemd.notify(os.environ, "READY=1")
+        gone = self._supervisor.run()
+        if self._next == "upgrade":
+            self._exec()
+        if gone:
+            _log.info("the superblock is gone")
+        self._supervisor.end_server()
+        return 0
+
+    # Calls -----------------------------------------------------------------------------------
+
+    def _answer(self) -> None:
+        """Answers one caller. Nothing here may take long: nobody else watches the server."""
+        connection, _ = self._socket.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(_CALLER_S)
+            rpc.answer_one(
+                connection,
+                {
+                    "status": self._status,
+                    "replace": self._replace,
+                    "upgrade": self._upgrade,
+                    "stop": self._stop,
+                },
+            )
+
+    def _status(self, args: dict[str, Any]) -> dict[str, Any]:
+        server = self._supervisor.server
+        return {
+            "pid": os.getpid(),
+            "server": server.pid if server else None,
+            "version": __version__,
+            "cache": str(self._settings.cache_dir),
+            "resends": self._held.session.resends,
+        }
+
+    def _replace(self, args: dict[str, Any]) -> None:
+        """Another block server in the place of this one."""
+        self._supervisor.replace()
+
+    def _upgrade(self, args: dict[str, Any]) -> None:
+        """Becomes the program that is installed now, and so does the block server."""
+        self._next = "upgrade"
+        self._supervisor.stop()
+
+    def _stop(self, args: dict[str, Any]) -> None:
+        """Unmounts the superblock and ends; what is mounted from it must be gone before."""
+        attach.unmount(self._places.server.device_dir, lazy=bool(args.get("force")))
+
+    def _exec(self) -> None:
+        server = self._supervisor.server
+        state = {
+            "device": self._held.device,
+            "listener": self._listener,
+            "socket": self._socket.fileno(),
+            "session": self._held.session._asdict(),
+            "server": asdict(server) if server else None,
+        }
+        for fd in (state["device"], state["listener"], state["socket"]):
+            os.set_inheritable(int(str(fd)), True)
+        signal.set_wakeup_fd(-1)
+        logging.shutdown()
+        os.execve(  # noqa: S606
+            sys.executable,
+            command(self._places.run_dir, self._settings.cache_dir),
+            {**os.environ, STATE_VARIABLE: json.dumps(state)},
+        )
+
+
+def command(run_dir: Path, cache_dir: Path) -> list[str]:
+    """The command line of a supervisor."""
+    return [sys.executable, "-m", "imgsnap.node.supervise", str(run_dir), str(cache_dir)]
+
+
+def open_source(source: Source) -> Repository:
+    return source.open(os.environ)
+
+
+def main(arguments: list[str]) -> int:
+    """0 at the end of the superblock; "check" only imports what a supervisor needs."""
+    for name in _PRELOADED:
+        importlib.import_module(name)
+    if arguments == ["check"]:
+        return 0
+    run_dir, cache_dir = (Path(argument) for argument in arguments)
+    places = NodePlaces(run_dir)
+    linux.name_process("imgsnap-super")
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    os.chdir("/")
+    places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    start_log(places.server.log)
+    supervisor = NodeSupervisor(places, cache_dir)
+    try:
+        supervisor.start()
+    except (ImgsnapError, OSError) as error:
+        _log.error("cannot start: %s", error)
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return supervisor.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

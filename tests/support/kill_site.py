@@ -1,0 +1,38 @@
+"""A mounted snapshot over a slow repository, ready for a `KillRun`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from imgsnap.mount.process import ProcessId
+from imgsnap.node.source import Source
+from imgsnap.node.targets import MountOptions, mount_snapshot, unmount
+from tests.support.kills import KillRun
+from tests.support.memory_repository import MemoryRepository
+from tests.support.snapshots import build_snapshot, erofs_image, make_tree
+
+
+@contextmanager
+def kill_site(
+    root: Path, *, size_mib: int, latency_ms: float = 5
+) -> Iterator[tuple[KillRun, ProcessId]]:
+    tree = make_tree(root / "source", seed=7)
+    with (tree / "large.bin").open("wb") as file:
+        for number in range(size_mib):
+            block = number.to_bytes(4, "little") + b"imgsnap" * 3
+            file.write((block * (1 << 20))[: 1 << 20])
+    built = build_snapshot(erofs_image(tree, root / "x.erofs"), extents=3)
+    repository = MemoryRepository(built)
+    repository.faults.latency_ms = latency_ms
+    target = root / "mnt"
+    options = MountOptions("latest", target, root / "run", root / "cache")
+    record = mount_snapshot(
+        options, Source("store:unused", Path("/nonexistent")), lambda source: repository
+    )
+    try:
+        run = KillRun(
+            Path(record.device), built.device, (tree, target), record.server_dir / "block.sock"
+        )
+        yield run, record.server
+    finally:
+        unmount(target, root / "run")
