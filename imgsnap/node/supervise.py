@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from imgsnap import __version__
+from imgsnap.blockstore.node_cache import remove_tree
 from imgsnap.errors import ImgsnapError, Unavailable
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import attach, linux
@@ -115,10 +116,15 @@ class NodeSupervisor:
         return Held.create(self._settings), None
 
     def _clean(self) -> None:
-        """Removes what dead processes left: a superblock that nobody serves any more."""
+        """Removes what dead processes left: a superblock that nobody serves any more, with its
+        attachments, and the trees over them. Directories that show them have errors already."""
         server = self._places.server
-        with contextlib.suppress(ImgsnapError):
-            attach.unmount(server.device_dir, lazy=True)
+        trees = self._places.tree("")
+        for tree in [*(trees.iterdir() if trees.is_dir() else ()), server.device_dir]:
+            with contextlib.suppress(ImgsnapError):
+                attach.unmount(tree, lazy=True)
+        for path in (server.attachments, trees, self._places.users("")):
+            remove_tree(path)
 
     def run(self) -> int:
         systemd.notify(os.environ, "READY=1")

@@ -73,10 +73,11 @@ class Client:
             self.umount(target)
 
     def server_pid(self, target: Path) -> int:
-        """The block server of a mount."""
+        """The block server of a mount: the child of the supervisor that its record names."""
         listing = json.loads(output_of(self.command("mounts", "--format", "json")))
         wanted = str(target.resolve())
-        return next(int(item["pid"]) for item in listing["mounts"] if item["target"] == wanted)
+        pid = next(int(item["pid"]) for item in listing["mounts"] if item["target"] == wanted)
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
     def forget_data(self) -> None:
         """Empties the node cache."""

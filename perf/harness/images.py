@@ -106,12 +106,15 @@ def flattened_tar(image: Image, work: Path) -> Path:
     return tar
 
 
-def large_file_image(layout: Path, mib: int) -> Image:
-    """An image with one file of `mib` MiB, `large.bin`, that does not compress."""
+def large_file_image(layout: Path, mib: int, seed: int = 1) -> Image:
+    """An image with one file of `mib` MiB, `large.bin`, that does not compress.
+
+    Other bytes for each seed.
+    """
     blobs = layout / "blobs/sha256"
     blobs.mkdir(parents=True)
     raw = layout / "large.bin"
-    source = random.Random(1)
+    source = random.Random(seed)
     with raw.open("wb") as file:  # in pieces: our own size is the least RSS of our children
         for _ in range(mib):
             file.write(source.randbytes(1 << 20))
