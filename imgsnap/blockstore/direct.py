@@ -131,8 +131,9 @@ class DirectDevice:
 def open_direct(snapshot: Snapshot, cache: NodeCache) -> DirectDevice | None:
     """The snapshot as local files, when all its bytes are here and right; else None.
 
-    The first time each chunk is hashed (449 MiB took a second) and the files are synced; later the markers are compared. None as well for metadata of more than 8 MiB, more
-    layers than mount(2) has room for, and a cache that cannot store the device table.
+    The first time each chunk is hashed (449 MiB took a second) and the files are synced; later
+    the markers are compared. None as well for metadata of more than 8 MiB, more layers than
+    mount(2) has room for, and a cache that cannot store the device table.
     """
     with ExitStack() as stack:
         pool = ExtentPool(cache)
