@@ -1,9 +1,22 @@
 """imgsnap mounts"""
 
+from typing import TYPE_CHECKING
+
 import click
 
 from imgsnap_cli.output import format_option, print_json, print_table
 from imgsnap_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from imgsnap.mount.records import MountRecord
+
+
+def _server(record: "MountRecord", *, alive: bool) -> str:
+    if record.direct:
+        return "none needed"
+    if not alive:
+        return "dead"
+    return "daemon" if record.by_daemon else str(record.server_pid)
 
 
 @click.command(short_help="List mounted snapshots")
@@ -27,6 +40,7 @@ def command(settings: Settings, /, format_: str) -> None:
                         "pid": record.server_pid,
                         "alive": alive,
                         "daemon": record.by_daemon,
+                        "direct": record.direct,
                         "created": record.created,
                     }
                     for record, alive in found
@@ -41,7 +55,7 @@ def command(settings: Settings, /, format_: str) -> None:
                 record.target,
                 f"{record.repository}@{record.manifest_digest[:19]}",
                 "rw" if record.read_write else "ro",
-                ("daemon" if record.by_daemon else str(record.server_pid)) if alive else "dead",
+                _server(record, alive=alive),
             )
             for record, alive in found
         ],

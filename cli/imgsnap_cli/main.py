@@ -14,13 +14,16 @@ from imgsnap.errors import ImgsnapError
 from imgsnap_cli.settings import Settings
 
 COMMANDS = {
+    "cache": "Look after the node's cache: sizes, quota, pins, check",
     "cat": "Print a file of a snapshot",
     "check": "Verify a snapshot, optionally against its source image",
     "completion": "Print a shell completion script",
     "convert": "Convert an OCI image to a snapshot",
     "daemon": "Run and look after the node daemon",
     "doctor": "Say what this machine can do and what to install",
+    "du": "Show what a snapshot takes in its store",
     "files": "List the files of a snapshot",
+    "gc": "Delete snapshots and layers that no tag leads to",
     "inspect": "Show what a snapshot is made of",
     "ls": "List snapshots in the local store or a repository",
     "mount": "Mount a snapshot on a directory",
@@ -78,6 +81,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--store", metavar="DIR", help="Local store [IMGSNAP_STORE, /var/lib/imgsnap/store]")
 @click.option("--cache-dir", metavar="DIR", help="Node cache [IMGSNAP_CACHE_DIR]")
+@click.option("--cache-quota", metavar="SIZE", help="Most it may take [IMGSNAP_CACHE_QUOTA]")
 @click.option("--run-dir", metavar="DIR", help="Sockets and mount records [IMGSNAP_RUN_DIR]")
 @click.option("-v", "--verbose", is_flag=True, help="Log what is being done")
 @click.option("--debug", is_flag=True, help="Log everything; show tracebacks")
@@ -87,6 +91,7 @@ def cli(
     ctx: click.Context,
     store: str | None,
     cache_dir: str | None,
+    cache_quota: str | None,
     run_dir: str | None,
     verbose: bool,
     debug: bool,
@@ -98,7 +103,9 @@ def cli(
     docker-archive:FILE.
     """
     _start_logging("DEBUG" if debug else "INFO" if verbose else "WARNING")
-    ctx.obj = Settings.make(os.environ, store=store, cache=cache_dir, run=run_dir)
+    ctx.obj = Settings.make(
+        os.environ, store=store, cache=cache_dir, run=run_dir, cache_quota=cache_quota
+    )
 
 
 def _start_logging(level: str) -> None:

@@ -14,6 +14,7 @@ from imgsnap.units import parse_size
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
+    from imgsnap.blockstore.node_cache import NodeCache
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
@@ -140,11 +141,10 @@ class Places:
 
     def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
         """The snapshot that a reference names, through the node cache."""
-        from imgsnap.blockstore.node_cache import NodeCache
         from imgsnap.blockstore.snapshot import open_snapshot
 
         repository, reference = self.reader(stack, text)
-        cache = NodeCache(self._settings.cache)
+        cache = node_cache(self._settings)
         snapshot = open_snapshot(repository, reference, cache, platform=_platform(platform))
         stack.callback(snapshot.close)
         return snapshot
@@ -174,6 +174,7 @@ class Places:
             platform=_platform(platform),
             read_write=read_write,
             read=ReadOptions(prefetch=prefetch, prefetch_rate=_rate(prefetch_rate)),
+            cache_quota=_quota(self._settings),
         )
         source = Source(
             _lasting(location),
@@ -187,11 +188,10 @@ class Places:
         self, stack: ExitStack, text: str, digest: str
     ) -> "tuple[SnapshotConfig, bytes]":
         """The config of the snapshot with this digest, and that of its image."""
-        from imgsnap.blockstore.node_cache import NodeCache
         from imgsnap.blockstore.snapshot import open_snapshot, read_image_config
 
         repository, _ = self.reader(stack, text)
-        cache = NodeCache(self._settings.cache)
+        cache = node_cache(self._settings)
         snapshot = open_snapshot(repository, digest, cache)
         stack.callback(snapshot.close)
         return snapshot.config, read_image_config(snapshot, cache)
@@ -200,9 +200,8 @@ class Places:
     def block_reader(self, snapshot: "Snapshot") -> "Iterator[BlockReader]":
         """Reads of a snapshot's device, fetching what the node cache lacks."""
         from imgsnap.blockstore.attach import attach_reader
-        from imgsnap.blockstore.node_cache import NodeCache
 
-        with attach_reader(snapshot, NodeCache(self._settings.cache)) as reader:
+        with attach_reader(snapshot, node_cache(self._settings)) as reader:
             yield reader
 
     def chunk_index_path(self, text: str) -> Path:
@@ -216,6 +215,21 @@ class Places:
             return self._settings.cache / "chunk-index" / digest
         root = location.path if isinstance(location, LayoutLocation) else self._settings.store
         return root / "imgsnap" / "chunk-index"
+
+
+def node_cache(settings: Settings) -> "NodeCache":
+    """The node's cache, with the quota that was given. Raises InvalidArgument."""
+    from imgsnap.blockstore.node_cache import NodeCache
+
+    return NodeCache(settings.cache, quota=_quota(settings))
+
+
+def _quota(settings: Settings) -> int | None:
+    if settings.cache_quota is None:
+        return None
+    from imgsnap.blockstore.cache_quota import parse_quota
+
+    return parse_quota(settings.cache_quota)
 
 
 def _lasting(location: "Location") -> str:

@@ -18,6 +18,7 @@ class Settings:
     cache: Path
     run: Path
     hosts: Path  # hosts.toml files: mirrors of registries
+    cache_quota: str | None  # as it was given; None: the one kept with the cache
     environ: Mapping[str, str]
 
     @classmethod
@@ -28,6 +29,7 @@ class Settings:
         store: str | None = None,
         cache: str | None = None,
         run: str | None = None,
+        cache_quota: str | None = None,
     ) -> "Settings":
         """Flag over variable over default; the defaults of other users than root are XDG's."""
         state, caches, runtime = _bases(environ)
@@ -36,6 +38,7 @@ class Settings:
             cache=Path(cache or environ.get("IMGSNAP_CACHE_DIR") or caches).absolute(),
             run=Path(run or environ.get("IMGSNAP_RUN_DIR") or runtime).absolute(),
             hosts=Path(environ.get("IMGSNAP_HOSTS_DIR") or CONTAINERD_HOSTS).absolute(),
+            cache_quota=cache_quota or environ.get("IMGSNAP_CACHE_QUOTA") or None,
             environ=dict(environ),
         )
 

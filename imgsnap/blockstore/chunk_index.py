@@ -10,7 +10,7 @@ import fcntl
 import logging
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -118,11 +118,11 @@ class ChunkIndex:
         batch.put(_SEEN + name.encode(), b"")
         self._db.write(batch)
 
-    def forget_pack(self, pack: Digest) -> None:
-        """Drops every chunk of a pack that the repository no longer has, and all knowledge of
+    def forget_packs(self, packs: Collection[Digest]) -> None:
+        """Drops every chunk of packs that the repository no longer has, and all knowledge of
         which artefacts were taken in, so that the next conversion reads them again."""
-        raw = digest_to_raw(pack)
-        stale = [key for key, value in self._db.items() if value[:32] == raw or key[:1] == _SEEN]
+        gone = {digest_to_raw(pack) for pack in packs}
+        stale = [key for key, value in self._db.items() if value[:32] in gone or key[:1] == _SEEN]
         for key in stale:
             del self._db[key]
 

@@ -4,23 +4,32 @@ A chunk's data is written before its presence byte. Neither is synced: a chunk t
 disk is hashed before its first use in a process, so a crash, a power cut or a flipped bit costs
 a fetch, never a wrong byte. The map has a byte per chunk, because setting a bit would be a
 read-modify-write that loses the bits of other processes.
+
+While an extent is open its data file is leased (lease.py), so that eviction leaves it alone. Chunks
+are never evicted one by one: a reader could see the hole as zeros. The modification time of the map
+is the time of last use.
 """
 
 import errno
 import logging
 import os
+import stat
 import struct
 import threading
+import time
 import zlib
 from array import array
 from bisect import bisect_right
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from imgsnap.blockstore import lease
 from imgsnap.blockstore.node_cache import NodeCache, cache_error, remove_tree
 from imgsnap.blockstore.statistics import CacheCounts
+from imgsnap.blockstore.write_budget import WriteBudget
 from imgsnap.digest import chunk_id
 from imgsnap.errors import FormatError, ImgsnapError
 from imgsnap.formats.chunk_map import ZERO_PACK, Extent
@@ -34,6 +43,7 @@ ABSENT, UNVERIFIED, VERIFIED = range(3)
 _PRESENT = b"\x01"
 _GONE = b"\x00"
 _OPEN_ATTEMPTS = 8
+_OPEN_WAIT_S = 0.002
 _log = logging.getLogger(__name__)
 
 
@@ -90,7 +100,9 @@ class ExtentCache:
     Safe for threads; other processes may use the same files.
     """
 
-    def __init__(self, extent: Extent, files: "_Files", counts: CacheCounts) -> None:
+    def __init__(
+        self, extent: Extent, files: "_Files", counts: CacheCounts, budget: WriteBudget
+    ) -> None:
         self.extent = extent
         self.id = files.extent_id
         self.size = extent.total_blocks << BLOCK_BITS
@@ -100,6 +112,7 @@ class ExtentCache:
         self._map = files.present
         self._storing = files.storing
         self._counts = counts
+        self._budget = budget
         self._warned = False
         self._lock = threading.Lock()
         known = os.pread(files.present, len(extent), PresenceHeader.SIZE)
@@ -132,9 +145,19 @@ class ExtentCache:
         return not self._state.count(ABSENT)
 
     @property
+    def on_disk(self) -> bool:
+        """Whether the files are the cache's own, and not stand-ins in memory."""
+        return self._storing
+
+    @property
+    def data_fd(self) -> int:
+        """The data file's descriptor, valid until the extent is released."""
+        return self._data
+
+    @property
     def storing(self) -> bool:
-        """False when the disk refused the last chunk or the cache could not be opened."""
-        return self._storing and not self._warned
+        """False when the disk refused the last chunk, the cache is full or not to be opened."""
+        return self._storing and not self._warned and self._budget.storing
 
     def verified(self, row: int) -> bool:
         """Whether this process has already verified the chunk."""
@@ -245,8 +268,14 @@ class ExtentCache:
 
     def store(self, row: int, data: bytes) -> bool:
         """Keeps a chunk whose hash the caller has verified. False when it cannot be kept."""
-        if not self._storing:
+        if not self._storing or not self._budget.take(len(data)):
             return False
+        try:
+            return self._keep(row, data)
+        finally:
+            self._budget.done(len(data))
+
+    def _keep(self, row: int, data: bytes) -> bool:
         try:
             self._write(data, self.place(row)[0])
         except OSError as error:
@@ -281,6 +310,7 @@ class ExtentCache:
             data, presence = self._data, self._map
             self._data = self._map = -1
             self._storing = False
+        _used_now(presence)
         os.close(data)
         os.close(presence)
 
@@ -301,7 +331,7 @@ class ExtentPool:
             known, users = self._open.get(extent_id, (None, 0))
             if known is None:
                 files = _open_files(self._cache, extent_id, extent)
-                known = ExtentCache(extent, files, self.counts)
+                known = ExtentCache(extent, files, self.counts, self._cache.budget)
             self._open[extent_id] = (known, users + 1)
             return known
 
@@ -330,10 +360,14 @@ def _open_files(cache: NodeCache, extent_id: str, extent: Extent) -> _Files:
     directory = cache.extent_directory(extent_id)
     try:
         for _ in range(_OPEN_ATTEMPTS):
-            files = _open_existing(directory, header)
+            files, problem = _open_existing(directory, header)
             if files is not None:
                 return files
-            _discard(cache, directory)
+            if problem:
+                _log.warning("discarding the cache of extent %s: %s", extent_id, problem)
+                _discard(cache, directory)
+            elif directory.exists():
+                time.sleep(_OPEN_WAIT_S)  # somebody is just evicting it
             _create(cache, directory, header)
         raise ImgsnapError(f"cannot open {directory}: it keeps changing")
     except ImgsnapError as error:
@@ -344,32 +378,62 @@ def _open_files(cache: NodeCache, extent_id: str, extent: Extent) -> _Files:
     return _Files(extent_id, data, present, storing=False)
 
 
-def _open_existing(directory: Path, header: PresenceHeader) -> _Files | None:
-    """The files if they exist and fit each other and the extent, else None."""
+def _open_existing(directory: Path, header: PresenceHeader) -> tuple[_Files | None, str]:
+    """The files, leased, if they exist and fit each other and the extent; else why they do not.
+
+    Neither when there are none, or when they are being evicted.
+    """
     fds: list[int] = []
     try:
-        for name in ("data", "present"):
-            fds.append(os.open(directory / name, os.O_RDWR | os.O_CLOEXEC))
-        data, present = fds
-        fits = (
-            os.fstat(data).st_size == header.total_blocks * BLOCK_SIZE
-            and os.fstat(present).st_size == header.SIZE + header.chunk_count
-            and PresenceHeader.parse(os.pread(present, header.SIZE, 0)) == header
-        )
-        if fits:
-            return _Files(header.extent_id, data, present, storing=True)
-        problem = "the presence map does not fit its data file"
-    except (FileNotFoundError, NotADirectoryError) as error:
-        problem = str(error) if directory.exists() else ""
+        problem = _open_both(directory, header, fds)
+        if not problem:
+            top, data, present = fds
+            # Before the lease the directory may have been evicted, and even made anew.
+            if lease.hold(data) and lease.names(directory, top):
+                fds[:] = [top]
+                _used_now(present)
+                return _Files(header.extent_id, data, present, storing=True), ""
     except FormatError as error:
         problem = str(error)
     except OSError as error:
-        raise cache_error(error, f"cannot open {directory}") from error
-    for fd in fds:
-        os.close(fd)
-    if problem:
-        _log.warning("discarding the cache of extent %s: %s", header.extent_id, problem)
-    return None
+        if error.errno in (errno.ENOENT, *_NOT_OURS):
+            problem = str(error) if os.path.lexists(directory) else ""
+        else:
+            raise cache_error(error, f"cannot open {directory}") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+    return None, problem
+
+
+_NOT_OURS = (errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EACCES, errno.EPERM)
+"""What opening something else than the file we made says."""
+
+
+def _open_both(directory: Path, header: PresenceHeader, fds: list[int]) -> str:
+    """Appends the directory, the data and the map; why they do not fit, or "". Raises OSError.
+
+    Through the directory's descriptor: data and map are always of the same one.
+    """
+    fds.append(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    for name in ("data", "present"):
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fds.append(os.open(name, flags, dir_fd=fds[0]))
+    data, present = map(os.fstat, fds[1:])
+    fits = (
+        stat.S_ISREG(data.st_mode)
+        and stat.S_ISREG(present.st_mode)
+        and data.st_size == header.total_blocks * BLOCK_SIZE
+        and present.st_size == header.SIZE + header.chunk_count
+        and PresenceHeader.parse(os.pread(fds[2], header.SIZE, 0)) == header
+    )
+    return "" if fits else "the presence map does not fit its data file"
+
+
+def _used_now(present: int) -> None:
+    """Keeps the time of last use."""
+    with suppress(OSError):
+        os.utime(present)
 
 
 def _discard(cache: NodeCache, directory: Path) -> None:
@@ -381,7 +445,8 @@ def _discard(cache: NodeCache, directory: Path) -> None:
         return
     except OSError as error:
         raise cache_error(error, f"cannot discard {directory}") from error
-    remove_tree(moved)
+    with suppress(OSError):
+        remove_tree(moved)
 
 
 def _create(cache: NodeCache, directory: Path, header: PresenceHeader) -> None:
@@ -394,6 +459,7 @@ def _create(cache: NodeCache, directory: Path, header: PresenceHeader) -> None:
             file.truncate(header.total_blocks * BLOCK_SIZE)
         temporary.rename(directory)
     except OSError as error:
-        remove_tree(temporary)
+        with suppress(OSError):
+            remove_tree(temporary)
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise cache_error(error, f"cannot make {directory}") from error

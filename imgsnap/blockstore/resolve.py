@@ -38,7 +38,7 @@ def resolve_snapshot(
     cached = _cached_manifest(cache, reference)
     if cached and manifest_kind(cached).is_snapshot:
         return Resolution(cached, stale=False)
-    key = f"{repository.name}\0{reference}\0{platform or ''}"
+    key = _key(repository, reference, platform)
     try:
         manifest = _ask(repository, reference, cache, platform)
     except Unavailable as error:
@@ -53,8 +53,21 @@ def resolve_snapshot(
             reference,
         )
         return Resolution(remembered, stale=True)
-    cache.store_tag(key, json.dumps({"digest": manifest.descriptor.digest}).encode())
+    name = f"{repository.name}{'@' if reference.startswith('sha256:') else ':'}{reference}"
+    value = {"digest": manifest.descriptor.digest, "name": name}
+    cache.store_tag(key, json.dumps(value).encode())
     return Resolution(manifest, stale=False)
+
+
+def remembered_snapshot(
+    repository: Repository, reference: str, cache: NodeCache, platform: Platform | None = None
+) -> RawManifest | None:
+    """What `resolve_snapshot` found last, from the cache alone."""
+    return _remembered(cache, _key(repository, reference, platform))
+
+
+def _key(repository: Repository, reference: str, platform: Platform | None) -> str:
+    return f"{repository.name}\0{reference}\0{platform or ''}"
 
 
 def _ask(

@@ -92,6 +92,14 @@ def pack_descriptor(pack: PackRef) -> Descriptor:
     return Descriptor(media_types.PACK, pack.digest, pack.size)
 
 
+def missing_pack(repository: Repository, chunk_map: ChunkMap) -> PackRef | None:
+    """A pack of the map that the repository does not have."""
+    for pack in chunk_map.packs:
+        if not repository.has_blob(pack_descriptor(pack)):
+            return pack
+    return None
+
+
 def put_content(
     target: WritableRepository, content: bytes, media_type: str, level: int
 ) -> Descriptor:

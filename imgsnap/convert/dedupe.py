@@ -83,7 +83,7 @@ class Known:
             usable = self._packs[pack] = self._has_pack(pack)
             if not usable:
                 log.warning("the target no longer has pack=%s; its chunks are stored anew", pack)
-                self._index.forget_pack(pack.digest)
+                self._index.forget_packs((pack.digest,))
         return usable
 
     def learn(self, chunk: ChunkId, place: ChunkPlace) -> None:

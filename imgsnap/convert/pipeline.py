@@ -22,6 +22,7 @@ from imgsnap.convert.artifact import (
     LayerArtifact,
     find_artifact,
     layer_tag,
+    missing_pack,
     pack_descriptor,
     publish_artifact,
     put_empty,
@@ -198,7 +199,7 @@ class Conversion:
     def _find_one(self, layer: LayerSource) -> LayerArtifact | None:
         rules = self._options.rules
         found = find_artifact(self._target, layer, rules)
-        if found is not None:
+        if found is not None and missing_pack(self._target, found.chunk_map) is None:
             return found
         for repository in self._reuse:
             found = find_artifact(repository, layer, rules)

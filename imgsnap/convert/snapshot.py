@@ -3,11 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from imgsnap.convert.artifact import RULES, LayerArtifact, pack_descriptor, put_content, put_raw
+from imgsnap.convert.artifact import (
+    RULES,
+    LayerArtifact,
+    missing_pack,
+    pack_descriptor,
+    put_content,
+    put_raw,
+)
 from imgsnap.convert.erofs_write import emit
 from imgsnap.convert.flatten import flatten
 from imgsnap.convert.source import SourceImage
 from imgsnap.digest import sha256_digest
+from imgsnap.errors import Unavailable
 from imgsnap.formats import chunk_map_codec
 from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
 from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
@@ -52,7 +60,8 @@ def build_snapshot(
 ) -> Snapshot:
     """Merges the layers and stores the snapshot by digest, as a referrer of its source image.
 
-    The manifest goes last: before it, nothing of the snapshot can be found.
+    The manifest goes last: before it, nothing of the snapshot can be found. Raises Unavailable
+    when a pack that was found before is gone: somebody collects garbage. A rerun stores it anew.
     """
     metadata = emit(flatten([layer.index for layer in layers]))
     chunk_map = merge_chunk_maps([layer.chunk_map for layer in layers])
@@ -96,5 +105,11 @@ def build_snapshot(
         annotations={RULES: config.rules},
     )
     manifest = raw_manifest(document)
+    gone = missing_pack(target, chunk_map)
+    if gone is not None:
+        raise Unavailable(
+            f"{target.name}: pack {gone.digest} was deleted during the conversion",
+            hint="run it again: what is missing is then stored anew",
+        )
     target.put_manifest(manifest, subject=image.manifest.descriptor.digest)
     return Snapshot(manifest, config, blobs[0].size, blobs[1].size)

@@ -68,6 +68,18 @@ def tune_readahead(directory: Path, kib: int) -> None:
         _log.warning("cannot set the readahead of %s: %s", directory, error)
 
 
+def mount_erofs_devices(image: Path, target: Path, options: str) -> ErofsMount:
+    """Mounts an EROFS image file whose data is in other files, which `options` name.
+
+    Raises our error for the kernel's refusal; one that takes no files refuses this.
+    """
+    try:
+        linux.mount(str(image), target, "erofs", MountFlag.RDONLY | MountFlag.NODEV, options)
+    except OSError as error:
+        raise linux.mount_error(error) from error
+    return ErofsMount()
+
+
 def mount_erofs(image: Path, target: Path) -> ErofsMount:
     """Mounts an EROFS image file, directly where the kernel can (6.12 and newer).
 

@@ -48,6 +48,12 @@ class MountRecord:
     server_start_time: int
     created: int  # seconds since the epoch
     run_dir: str
+    direct_cache: str = ""  # the node cache whose files the kernel reads itself; "": it is served
+
+    @property
+    def direct(self) -> bool:
+        """Whether no process serves it."""
+        return bool(self.direct_cache)
 
     @property
     def server(self) -> ProcessId:

@@ -50,6 +50,7 @@ class ServerSettings:
     places: ServerPlaces
     cache_dir: Path
     fetch_threads: int = DEFAULT_THREADS
+    cache_quota: int | None = None  # bytes; None: the one kept with the cache
 
 
 class BlockServer:
@@ -69,7 +70,8 @@ class BlockServer:
         self._session = session
         self._listener = listener
         self._store = BlockStore(
-            NodeCache(settings.cache_dir), fetch_threads=settings.fetch_threads
+            NodeCache(settings.cache_dir, quota=settings.cache_quota),
+            fetch_threads=settings.fetch_threads,
         )
         self._repositories = Repositories(open_repository)
         self._table = AttachmentTable(settings.places.attachments)
@@ -106,6 +108,7 @@ class BlockServer:
     def _wait(self) -> bool:
         """True when the superblock is gone."""
         self._store.cache.remove_stale_temporaries()
+        self._store.cache.budget.look()
         while True:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is None:

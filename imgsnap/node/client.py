@@ -9,6 +9,7 @@ from imgsnap.errors import NotFound, Unavailable
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
 from imgsnap.node import rpc, session
 from imgsnap.node.devices import OpenRepository
+from imgsnap.node.direct_mount import mount_direct
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions
@@ -31,8 +32,12 @@ def find_daemon(run_dir: Path) -> dict[str, Any] | None:
 def mount(options: MountOptions, source: Source, open_repository: OpenRepository) -> MountRecord:
     """Mounts a snapshot on a directory; see `session.mount_snapshot` for what is raised.
 
-    The daemon is asked when it has the same cache and sees the same mounts as this process.
+    A snapshot that is complete in the cache is mounted from its files, and nobody serves it.
+    Else the daemon is asked when it has the same cache and sees the same mounts as this process.
     """
+    direct = mount_direct(options, source, open_repository)
+    if direct is not None:
+        return direct
     status = find_daemon(options.run_dir)
     if status is None or not _same_place(status, options):
         return session.mount_snapshot(options, source, open_repository)
@@ -83,7 +88,10 @@ def mounts(run_dir: Path) -> list[tuple[MountRecord, bool]]:
     """All mounts under a run directory, by target, and whether somebody serves them."""
     found = [record for record in MountRecords(run_dir).all() if record.state == MOUNTED]
     served = _daemon_serves(run_dir) if any(record.by_daemon for record in found) else False
-    return [(record, served if record.by_daemon else record.server.alive) for record in found]
+    return [
+        (record, served if record.by_daemon else record.direct or record.server.alive)
+        for record in found
+    ]
 
 
 def _daemon_serves(run_dir: Path) -> bool:

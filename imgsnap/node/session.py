@@ -15,13 +15,14 @@ from imgsnap.errors import (
     Unavailable,
 )
 from imgsnap.mount import attach, teardown
-from imgsnap.mount.overlay import WritableLayer, mount_overlay
 from imgsnap.mount.process import ProcessId, start_detached
 from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
+from imgsnap.mount.tree import show_tree
 from imgsnap.node import rpc
 from imgsnap.node.attachments import Attachment
 from imgsnap.node.block_server import ServerSettings
 from imgsnap.node.devices import OpenRepository
+from imgsnap.node.direct_mount import release
 from imgsnap.node.places import ServerPlaces
 from imgsnap.node.private import run_private
 from imgsnap.node.source import Source
@@ -47,7 +48,9 @@ def mount_snapshot(
     records = MountRecords(options.run_dir)
     server: ProcessId | None = None
     try:
-        settings = ServerSettings(_places(record), options.cache_dir, options.fetch_threads)
+        settings = ServerSettings(
+            _places(record), options.cache_dir, options.fetch_threads, options.cache_quota
+        )
         server = _start_server(settings, record, open_repository, options.mount_timeout_s)
         record = record.with_server(server)
         attachment = _attach(settings.places, options, source)
@@ -109,17 +112,7 @@ def show(record: MountRecord, *, local: bool) -> MountRecord:
     attach.tune_readahead(
         record.device_dir, attach.READ_AHEAD_LOCAL_KB if local else attach.READ_AHEAD_LAZY_KB
     )
-    target = Path(record.target)
-    erofs_target = target
-    if record.read_write:
-        record.lower_dir.mkdir(mode=0o700)
-        erofs_target = record.lower_dir
-    erofs = attach.mount_erofs(Path(record.device), erofs_target)
-    if record.read_write:
-        layer = WritableLayer(Path(record.rw_dir))
-        layer.create()
-        mount_overlay(record.overlay_source, erofs_target, layer, target)
-    return replace(record, loop=erofs.loop)
+    return show_tree(record, attach.mount_erofs)
 
 
 def unmount(target: Path, run_dir: Path, *, lazy: bool = False) -> None:
@@ -139,6 +132,8 @@ def unmount(target: Path, run_dir: Path, *, lazy: bool = False) -> None:
     if record.state == STARTING and record.server.alive:
         raise Busy(f"{target} is being mounted", hint="try again in a moment")
     teardown.unmount_tree(record, lazy=lazy)
+    if record.direct:
+        release(record)
     if lazy and not record.server.wait(LAZY_GRACE_S):
         teardown.remove_entry(records, record)
         return  # the server removes the rest

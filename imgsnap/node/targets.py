@@ -28,6 +28,7 @@ class MountOptions:
     fetch_threads: int = DEFAULT_THREADS
     read: ReadOptions = field(default_factory=ReadOptions)
     mount_timeout_s: float = 300.0
+    cache_quota: int | None = None  # bytes; None: the one kept with the cache
 
 
 def claim(options: MountOptions) -> tuple[MountOptions, MountRecord]:

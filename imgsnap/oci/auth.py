@@ -77,6 +77,11 @@ class Scope:
         """Writing one repository; distribution wants pull beside push."""
         return Scope((f"repository:{repository}:pull,push",))
 
+    @staticmethod
+    def delete(repository: str) -> "Scope":
+        """Deleting manifests of one repository."""
+        return Scope((f"repository:{repository}:delete,pull",))
+
     def __or__(self, other: "Scope") -> "Scope":
         return Scope(tuple(dict.fromkeys((*self.items, *other.items))))
 

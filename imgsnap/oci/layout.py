@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +129,29 @@ class LayoutRepository(LocalReader):
 
         self._layout.edit_index(change)
         return found
+
+    # Garbage collection ----------------------------------------------------------------------
+
+    @property
+    def files(self) -> LayoutFiles:
+        """The layout's files, for garbage collection."""
+        return self._layout
+
+    def listed(self) -> list[Descriptor]:
+        """Every entry of index.json, named or not."""
+        return list(self._index().manifests)
+
+    def delete_manifests(self, digests: Collection[Digest]) -> None:
+        """Takes every entry of these manifests out of index.json; blobs stay."""
+
+        def change(index: index_edit.Index) -> bool:
+            before = len(index["manifests"])
+            index["manifests"] = [
+                item for item in index["manifests"] if item["digest"] not in digests
+            ]
+            return len(index["manifests"]) != before
+
+        self._layout.edit_index(change)
 
 
 def _move_name(index: index_edit.Index, entry: Descriptor, tag: str) -> None:

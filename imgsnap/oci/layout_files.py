@@ -5,6 +5,8 @@
     DIR/blobs/sha256/<hex>      immutable once named so
     DIR/blobs/sha256/.tmp-*     being written; left behind by a crash, removed after a day
     DIR/.imgsnap.lock           flock for writers of index.json; readers need none
+    DIR/.imgsnap.gc.lock        flock: shared by writers of blobs while they are at work,
+                                exclusive for garbage collection
 
 Content is hostile: nothing below DIR is reached through a symbolic link, and the only names
 made from content are validated hex digests. DIR itself may be a link; the user chose it.
@@ -27,6 +29,7 @@ from imgsnap.digest import Digest, digest_hex, parse_digest
 from imgsnap.errors import (
     AccessDenied,
     AlreadyExists,
+    Busy,
     ImgsnapError,
     IntegrityError,
     InvalidArgument,
@@ -45,7 +48,8 @@ INDEX_SIZE_MAX = 16 << 20
 COPY_SIZE = 8 << 20
 STALE_AFTER_S = 24 * 3600
 _LOCK_NAME = ".imgsnap.lock"
-_OURS = frozenset({"index.json", "blobs", "oci-layout", _LOCK_NAME, "imgsnap"})
+_USERS_NAME = ".imgsnap.gc.lock"
+_OURS = frozenset({"index.json", "blobs", "oci-layout", _LOCK_NAME, _USERS_NAME, "imgsnap"})
 """What may stand in a directory that becomes a layout; imgsnap/ is the converter's chunk index."""
 _TEMP_PREFIX = ".tmp-"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -63,6 +67,7 @@ class LayoutFiles:
     def __init__(self, path: Path, *, create: bool = False) -> None:
         self.path = path
         self._index_lock = threading.Lock()
+        self._users = -1
         with translated(path, f"image layout {path}"):
             if create:
                 _create(path)
@@ -70,9 +75,50 @@ class LayoutFiles:
         try:
             self._check_version()
             self._blobs = self._open_blobs()
+            if create:
+                self._use()
         except BaseException:
             os.close(self._root)
             raise
+
+    def _use(self) -> None:
+        """Keeps garbage collection away until close(), waiting for one that is under way."""
+        with translated(self.path, f"image layout {self.path}"):
+            self._users = self._open_users()
+            fcntl.flock(self._users, fcntl.LOCK_SH)
+
+    def _open_users(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(_USERS_NAME, flags, 0o644, dir_fd=self._root)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No writer is at work in the block, and none begins. Raises Busy while one is."""
+        with translated(self.path, f"image layout {self.path}"):
+            fd = self._open_users()
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(
+                    f"{self.path} is being written to",
+                    hint="try again when the conversion has ended",
+                ) from None
+            yield
+        finally:
+            os.close(fd)
+
+    def blobs(self) -> Iterator[tuple[str, os.stat_result]]:
+        """Every file among the blobs, by name."""
+        with translated(self.path, f"image layout {self.path}"):
+            for name in sorted(os.listdir(self._blobs)):  # noqa: PTH208  (a descriptor)
+                with suppress(FileNotFoundError):
+                    yield name, os.lstat(name, dir_fd=self._blobs)
+
+    def remove_blob(self, name: str) -> None:
+        """Deletes a file among the blobs, by name; only while `alone`."""
+        with translated(self.path, f"deleting blob {name} of {self.path}"):
+            os.unlink(name, dir_fd=self._blobs)
 
     @property
     def name(self) -> str:
@@ -163,7 +209,7 @@ class LayoutFiles:
 
     def close(self) -> None:
         """Closes the directories; open blobs stay open."""
-        for name in ("_blobs", "_root"):
+        for name in ("_users", "_blobs", "_root"):
             fd = getattr(self, name)
             if fd >= 0:
                 os.close(fd)

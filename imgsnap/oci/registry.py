@@ -5,7 +5,7 @@ Reads are here; uploads are in registry_upload, referrers in registry_referrers.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from imgsnap.errors import (
     FormatError,
     LimitExceeded,
     Unavailable,
+    Unsupported,
 )
 from imgsnap.oci import registry_upload
 from imgsnap.oci.auth import Scope
@@ -239,6 +240,31 @@ class RegistryRepository:
             registry_upload.put_manifest(self, manifest, tag)
         if subject is not None and not indexed:
             self._referrers.add(subject, manifest.raw, document)
+
+    def delete_manifest(self, digest: Digest) -> bool:
+        """Deletes a manifest and every tag of it; False when it was gone already.
+
+        Its blobs are the registry's own garbage collection's. Raises Unsupported where the
+        registry does not allow it.
+        """
+        request = Request(
+            "DELETE",
+            self.url("manifests", digest),
+            Scope.delete(self.repository),
+            accept=frozenset({200, 202, 204, 404}),
+        )
+        try:
+            return self.transport.exchange(request, lambda answer: answer.status != 404)
+        except Unsupported as error:
+            raise Unsupported(
+                f"{self.name} does not delete manifests: {error}",
+                hint="allow it in the registry (distribution: storage.delete.enabled), or use "
+                "the registry's own retention rules",
+            ) from error
+
+    def forget_referrers(self, subject: Digest, gone: Collection[Digest]) -> None:
+        """Takes manifests out of the list that a registry without the referrers API has."""
+        self._referrers.remove(subject, gone)
 
     def close(self) -> None:
         """Closes the transport when this repository owns it."""

@@ -6,7 +6,7 @@ tag ``sha256-<hex>``, which clients keep up to date themselves.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
@@ -86,6 +86,20 @@ class ReferrerLists:
                 f"{self._repository.name}:{tag}: other writers keep replacing the list",
                 hint="push one referrer at a time, or use a registry with the referrers API",
             )
+
+    def remove(self, subject: Digest, gone: Collection[Digest]) -> None:
+        """Takes manifests out of the fallback tag's index; an entry that another writer brings
+        back at the same time leads to a manifest that is not found, which readers bear."""
+        tag = fallback_tag(subject)
+        value = self._tag_index(tag)
+        left = [entry for entry in value["manifests"] if entry["digest"] not in gone]
+        if len(left) == len(value["manifests"]):
+            return
+        value["manifests"] = left
+        updated = index_edit.to_bytes(value, size_max=MANIFEST_SIZE_MAX)
+        index = parse_index(updated, record=f"index {tag}")
+        manifest = RawManifest(describe(updated, index), updated)
+        registry_upload.put_manifest(self._repository, manifest, tag)
 
     def _from_api(self, subject: Digest, artifact_type: str) -> list[Descriptor] | None:
         """All pages of the API's answer; None when the registry lacks the API."""

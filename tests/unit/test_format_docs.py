@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsnap.formats import erofs, erofs_xattr, layer_index_check
+from imgsnap.formats import erofs, erofs_devices, erofs_xattr, layer_index_check
 from imgsnap.formats import layer_index_layout as layout
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "format"
@@ -20,6 +20,7 @@ RECORDS = [
     ("erofs.md", "Dirent", erofs.DIRENT, erofs.Dirent),
     ("erofs.md", "XattrHeader", erofs.XATTR_HEADER, erofs.XattrHeader),
     ("erofs.md", "XattrEntry", erofs.XATTR_ENTRY, erofs.XattrEntry),
+    ("erofs.md", "DeviceSlot", erofs_devices.DEVICE_SLOT, erofs_devices.DeviceSlot),
 ]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
+from imgsnap.blockstore.direct import VerifiedMarker
 from imgsnap.blockstore.extent_cache import PresenceHeader
 from imgsnap.blockstore.node_cache import FOOTER, NodeCache
 from imgsnap.digest import sha256_digest
@@ -45,6 +46,7 @@ def actual(record: struct.Struct) -> list[tuple[int, int]]:
         ("Chunk map pack record", chunk_map_codec._PACK),
         ("Presence map", PresenceHeader.STRUCT),
         ("Cache footer", FOOTER),
+        ("Verified marker", VerifiedMarker.STRUCT),
     ],
 )
 def test_offset_tables(heading: str, record: struct.Struct) -> None:
@@ -72,6 +74,8 @@ def test_golden_bytes_of_the_cache_records(tmp_path: Path) -> None:
     digest = sha256_digest(region)
     NodeCache(tmp_path).store_metadata(digest, region).close()
     (file,) = tmp_path.glob("*/metadata/*")
-    footer = blake3(region).hexdigest() + "0010000000000000" + b"ISDC".hex()
+    footer = (
+        blake3(bytes.fromhex(digest[7:]) + region).hexdigest() + "0010000000000000" + b"ISDC".hex()
+    )
     crc = zlib.crc32(bytes.fromhex(footer)).to_bytes(4, "little").hex()
     assert file.read_bytes()[4096:].hex() == footer + crc
