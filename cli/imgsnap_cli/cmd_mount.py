@@ -6,7 +6,13 @@ from typing import Any
 import click
 
 from imgsnap_cli.output import format_option, print_json
-from imgsnap_cli.places import Places, platform_option, registry_flags
+from imgsnap_cli.places import (
+    Places,
+    boot_pack_names,
+    boot_pack_option,
+    platform_option,
+    registry_flags,
+)
 from imgsnap_cli.settings import Settings
 
 
@@ -14,6 +20,7 @@ from imgsnap_cli.settings import Settings
 @click.argument("ref")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--rw", is_flag=True, help="Writable; changes are dropped by umount")
+@boot_pack_option
 @platform_option
 @format_option
 @registry_flags
@@ -24,6 +31,7 @@ def command(
     ref: str,
     directory: Path,
     rw: bool,
+    boot_pack: str | None,
     platform: str | None,
     format_: str,
     **flags: Any,
@@ -35,6 +43,8 @@ def command(
     """
     from imgsnap.mount.session import mount_snapshot
 
-    record = mount_snapshot(*Places(settings, flags).mount_arguments(ref, directory, platform, rw))
+    places = Places(settings, flags)
+    names = boot_pack_names(boot_pack)
+    record = mount_snapshot(*places.mount_arguments(ref, directory, platform, rw, boot_pack=names))
     if format_ == "json":
         print_json({"target": record.target, "digest": record.manifest_digest})

@@ -33,6 +33,22 @@ _FLAGS = (
     click.option("-H", "--header", "headers", metavar="K:V", multiple=True, help="Extra header"),
 )
 
+boot_pack_option = click.option(
+    "--boot-pack", metavar="NAME", help="To start from; none for none [the image's own]"
+)
+
+
+def boot_pack_names(name: str | None, preferred: str | None = None) -> tuple[str, ...]:
+    """What the loader takes: names by preference. Raises InvalidArgument."""
+    from imgsnap.blockstore.boot_choice import AUTO, check_name
+
+    if name == "none":
+        return ()
+    if name is not None:
+        return (check_name(name),)
+    return (preferred, AUTO) if preferred else (AUTO,)
+
+
 platform_option = click.option("--platform", metavar="OS/ARCH", help="Of an index [this machine's]")
 
 
@@ -91,6 +107,22 @@ class Places:
         stack.enter_context(closing(repository))
         return cast("WritableRepository", repository), tag
 
+    def updater(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
+        """As `reader`, for a place to which something is added beside what the reference names.
+
+        Raises InvalidReference for an archive.
+        """
+        from imgsnap.oci import reference
+
+        location = reference.parse_location(text)
+        if isinstance(location, reference.OciArchiveLocation | reference.DockerArchiveLocation):
+            raise InvalidReference(
+                f"{text!r} cannot be written to", hint="use a registry, store:NAME or oci:DIR"
+            )
+        repository, named = self._open(location, create=False)
+        stack.enter_context(closing(repository))
+        return cast("WritableRepository", repository), named
+
     def _open(self, location: "Location", *, create: bool) -> "tuple[Repository, str]":
         from imgsnap.oci.locate import open_repository
 
@@ -124,7 +156,14 @@ class Places:
         return snapshot
 
     def mount_arguments(
-        self, text: str, target: Path, platform: str | None, read_write: bool
+        self,
+        text: str,
+        target: Path,
+        platform: str | None,
+        read_write: bool,
+        *,
+        boot_pack: tuple[str, ...],
+        trace_path: Path | None = None,
     ) -> "tuple[MountOptions, Callable[[], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
         from imgsnap.mount.session import MountOptions
@@ -139,6 +178,8 @@ class Places:
             cache_dir=self._settings.cache,
             platform=_platform(platform),
             read_write=read_write,
+            boot_pack=boot_pack,
+            trace_path=trace_path,
         )
         self._registry_options()  # refused here, where the user sees it at once
         return options, lambda: self._open(location, create=False)[0]

@@ -53,16 +53,18 @@ def open_snapshot(
     cache: NodeCache,
     *,
     platform: Platform | None = None,
+    meanwhile: Callable[[Digest], None] = lambda digest: None,
 ) -> Snapshot:
     """Opens the snapshot that a tag or digest names, in at most two sequential round trips.
 
-    (An index or an ordinary image costs more: it names the snapshot indirectly.) Raises
+    (An index or an ordinary image costs more: it names the snapshot indirectly.) `meanwhile` gets
+    the manifest's digest before parts are fetched, and is not called when all are cached. Raises
     IntegrityError when a blob is not what its digest says or the parts contradict each other,
     NotFound, UnsupportedFormat, and what the repository raises.
     """
     resolution = resolve_snapshot(repository, reference, cache, platform)
     manifest = snapshot_manifest(resolution.manifest)
-    config, metadata, chunk_map = _load_parts(repository, manifest, cache)
+    config, metadata, chunk_map = _load_parts(repository, manifest, cache, meanwhile)
     try:
         offered = Platform(config.os, config.architecture, config.variant)
         if platform is not None and not matches(offered, platform):
@@ -93,7 +95,10 @@ def read_image_config(snapshot: Snapshot, cache: NodeCache) -> bytes:
 
 
 def _load_parts(
-    repository: Repository, manifest: SnapshotManifest, cache: NodeCache
+    repository: Repository,
+    manifest: SnapshotManifest,
+    cache: NodeCache,
+    meanwhile: Callable[[Digest], None],
 ) -> tuple[SnapshotConfig, BinaryIO, ChunkMap]:
     """The three blobs from the cache, and those that are missing in parallel."""
     raw_config = cache.load_blob(manifest.config.digest)
@@ -106,6 +111,8 @@ def _load_parts(
         missing["map"] = _getter(repository, manifest.chunk_map, CHUNK_MAP_SIZE_MAX)
     if metadata is None:
         missing["metadata"] = _getter(repository, manifest.metadata, METADATA_BLOB_SIZE_MAX)
+    if missing:
+        meanwhile(manifest.digest)
     try:
         got = _in_parallel(missing)
         if raw_config is None:

@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from imgsnap.blockstore.boot_stream import BootLoader
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, DEFAULT_THREADS, Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.readahead import WINDOW_MAX
 from imgsnap.blockstore.reader import BlockReader
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
+from imgsnap.blockstore.touches import TouchLog
 from imgsnap.oci.repository import Platform, Repository
 
 
@@ -19,16 +21,23 @@ class ReadOptions:
 
     readahead_max: int = WINDOW_MAX  # bytes; 0 switches readahead off
     deadline_s: float = DEFAULT_DEADLINE_S  # of one read
+    boot_pack: tuple[str, ...] = ()  # names by preference, `boot_choice.AUTO` for any; () for none
+    trace: bool = False  # note which blocks are read
 
 
 class Device:
     """An opened snapshot and the reader of its bytes; close it when nobody reads any more."""
 
-    def __init__(self, snapshot: Snapshot, reader: BlockReader) -> None:
+    def __init__(
+        self, snapshot: Snapshot, reader: BlockReader, boot: BootLoader | None = None
+    ) -> None:
         self.snapshot = snapshot
         self.reader = reader
+        self.boot = boot
 
     def close(self) -> None:
+        if self.boot is not None:
+            self.boot.close()
         self.reader.close()
         self.snapshot.close()
 
@@ -49,15 +58,42 @@ class BlockStore:
         platform: Platform | None = None,
         options: ReadOptions | None = None,
     ) -> Device:
-        """Opens the snapshot that a tag or digest names. Raises what `open_snapshot` raises."""
-        snapshot = open_snapshot(repository, reference, self.cache, platform=platform)
+        """Opens the snapshot that a tag or digest names. Raises what `open_snapshot` raises.
+
+        Its boot pack is looked for while the snapshot's parts are fetched, and not at all when
+        everything is local.
+        """
+        options = options or ReadOptions()
+        boot: BootLoader | None = None
+        if options.boot_pack:
+            boot = BootLoader(repository, self.cache, options.boot_pack)
+        snapshot: Snapshot | None = None
         try:
-            return Device(snapshot, self.reader(snapshot, options or ReadOptions()))
+            snapshot = open_snapshot(
+                repository,
+                reference,
+                self.cache,
+                platform=platform,
+                meanwhile=boot.start if boot is not None else lambda digest: None,
+            )
+            reader = self.reader(snapshot, options, boot)
+            if boot is not None:
+                boot.attach(snapshot.chunk_map, reader.has_local)
+                if not reader.local:
+                    boot.start(snapshot.manifest.digest)
+                elif not boot.started:
+                    boot.buffer.end()
+            return Device(snapshot, reader, boot)
         except BaseException:
-            snapshot.close()
+            if boot is not None:
+                boot.close()
+            if snapshot is not None:
+                snapshot.close()
             raise
 
-    def reader(self, snapshot: Snapshot, options: ReadOptions) -> BlockReader:
+    def reader(
+        self, snapshot: Snapshot, options: ReadOptions, boot: BootLoader | None = None
+    ) -> BlockReader:
         """Reads of a snapshot that the caller has opened, and closes after the reader."""
         return BlockReader(
             snapshot,
@@ -65,6 +101,8 @@ class BlockStore:
             self.fetcher,
             readahead_max=options.readahead_max,
             deadline_s=options.deadline_s,
+            boot=boot.buffer if boot is not None else None,
+            touches=TouchLog() if options.trace else None,
         )
 
     def close(self) -> None:

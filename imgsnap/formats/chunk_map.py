@@ -1,7 +1,7 @@
 """The chunk map: the chunks of one or more extents and where their frames are stored.
 
-The pure part (chunk ids, block counts, block root) identifies an extent: `Extent.id`. The placement part
-(pack, offset, length) belongs to one repository.
+The pure part (chunk ids, block counts, block root) identifies an extent: `Extent.id`. The placement
+part (pack, offset, length) belongs to one repository.
 """
 
 from __future__ import annotations

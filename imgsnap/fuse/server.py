@@ -21,7 +21,7 @@ from typing import NamedTuple
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.fuse import protocol
 from imgsnap.fuse.files import FileContent, FileTable
-from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, InitFlag, Opcode
+from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, InitFlag, Opcode, OpenFlag
 
 DEFAULT_THREADS = 2
 MAX_BACKGROUND = 64
@@ -54,14 +54,17 @@ class FuseServer:
         *,
         threads: int = DEFAULT_THREADS,
         session: FuseSession | None = None,
+        direct_io: bool = False,
         on_end: Callable[[], None] | None = None,
     ) -> None:
-        """`session` continues a device whose former server is gone; `on_end` is called once,
-        from a worker, when the superblock is gone."""
+        """`session` continues a device whose former server is gone; with `direct_io` the kernel
+        neither caches nor reads ahead what it opens, so that reads come as they were made;
+        `on_end` is called once, from a worker, when the superblock is gone."""
         self.files = FileTable(files)
         self.session = session
         self._fd = fd
         self._resumed = session is not None
+        self._open_flags = OpenFlag.DIRECT_IO if direct_io else OpenFlag.KEEP_CACHE
         self._on_end = on_end
         self._failures = RateLimit(_log)
         self._lock = threading.Lock()
@@ -164,9 +167,7 @@ class FuseServer:
                 return protocol.error_reply(unique, errno.ENOENT)
             return protocol.reply(unique, protocol.ATTR_OUT.pack(protocol.VALID_S, 0, 0) + attr)
         if opcode == Opcode.OPEN:
-            return protocol.reply(
-                unique, protocol.OPEN_OUT.pack(0, protocol.OpenFlag.KEEP_CACHE, 0)
-            )
+            return protocol.reply(unique, protocol.OPEN_OUT.pack(0, self._open_flags, 0))
         if opcode == Opcode.OPENDIR:
             return protocol.reply(unique, protocol.OPEN_OUT.pack(0, 0, 0))
         if opcode == Opcode.READDIR:

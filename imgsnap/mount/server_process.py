@@ -9,19 +9,22 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from imgsnap.blockstore.boot_choice import AUTO
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, DEFAULT_THREADS
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.readahead import WINDOW_MAX
-from imgsnap.blockstore.reader import BlockReader
-from imgsnap.blockstore.store import BlockStore, ReadOptions
+from imgsnap.blockstore.store import BlockStore, Device, ReadOptions
 from imgsnap.errors import Busy, ImgsnapError
 from imgsnap.fuse.server import FuseServer
 from imgsnap.mount import attach, linux, teardown
+from imgsnap.mount.boot_phase import BootPhase
 from imgsnap.mount.overlay import WritableLayer, mount_overlay
 from imgsnap.mount.process import ProcessId
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
 from imgsnap.oci.repository import Platform, Repository
 
+BOOT_ANSWER_S = 2.0
+"""How long a mount waits to learn whether there is a boot pack; mostly it knows by then."""
 HOUSEKEEPING_S = 5.0
 """How often overdue reads are failed; a read waits at most this much over its deadline."""
 _END_S = 1.0
@@ -49,6 +52,8 @@ class MountOptions:
     readahead_max: int = WINDOW_MAX  # bytes; 0 switches readahead off
     read_deadline_s: float = DEFAULT_DEADLINE_S
     mount_timeout_s: float = 300.0
+    boot_pack: tuple[str, ...] = (AUTO,)  # names by preference; () for none
+    trace_path: Path | None = None  # where a trace of the reads is written when the server ends
 
 
 def run_server(
@@ -102,6 +107,7 @@ class _Server:
         self._records = records
         self._stack = ExitStack()
         self._store: BlockStore | None = None
+        self._boot: BootPhase | None = None
 
     def __enter__(self) -> "_Server":
         self._stack.callback(teardown.remove_instance, self._record)
@@ -113,14 +119,14 @@ class _Server:
 
     def mount(self, open_repository: OpenRepository) -> MountRecord:
         """Makes the tree usable, and says so in the record."""
-        reader = self._open(open_repository)
-        self._attach(reader)
+        device = self._open(open_repository)
+        self._attach(device)
         record = replace(self._record, state=MOUNTED)
         self._records.update(record)
         _log.info("mounted %s on %s", record.manifest_digest, record.target)
         return record
 
-    def _open(self, open_repository: OpenRepository) -> BlockReader:
+    def _open(self, open_repository: OpenRepository) -> Device:
         options, stack = self._options, self._stack
         repository = open_repository()
         stack.callback(repository.close)
@@ -129,11 +135,20 @@ class _Server:
             repository,
             options.reference,
             platform=options.platform,
-            options=ReadOptions(options.readahead_max, options.read_deadline_s),
+            options=ReadOptions(
+                options.readahead_max,
+                options.read_deadline_s,
+                boot_pack=() if options.trace_path else options.boot_pack,
+                trace=options.trace_path is not None,
+            ),
         )
         reader, snapshot = device.reader, device.snapshot
         stack.callback(lambda: _log.info("statistics: %s", json.dumps(reader.statistics.as_dict())))
         stack.callback(device.close)
+        if options.trace_path is not None:
+            stack.callback(
+                lambda path: path.write_bytes(reader.trace().to_json()), options.trace_path
+            )
         stack.callback(self._store.close)
         self._record = replace(
             self._record,
@@ -141,16 +156,24 @@ class _Server:
             manifest_digest=snapshot.manifest.digest,
             config_digest=snapshot.manifest.config.digest,
         )
-        return reader
+        return device
 
-    def _attach(self, reader: BlockReader) -> None:
-        """FUSE, then EROFS over its file, then the overlay."""
-        record, stack = self._record, self._stack
+    def _attach(self, device: Device) -> None:
+        """FUSE, then EROFS over its file, then the overlay.
+
+        For a start from a boot pack, and to record one, the kernel must ask for what is read and no
+        more: a request that reads ahead of it is none that the pack can answer.
+        """
+        record, stack, reader = self._record, self._stack, device.reader
+        exact = self._options.trace_path is not None or (
+            device.boot is not None and device.boot.found(BOOT_ANSWER_S)
+        )
         record.device_dir.mkdir(mode=0o700)
         fd = attach.mount_fuse(record.device_dir)
         server = FuseServer(
             fd,
             {attach.DEVICE_FILE: reader},
+            direct_io=exact,
             on_end=lambda: os.kill(os.getpid(), _ENDED),
         )
         stack.callback(server.join, _END_S)
@@ -168,6 +191,10 @@ class _Server:
             erofs_target = record.lower_dir
         erofs = attach.mount_erofs(record.device_dir / attach.DEVICE_FILE, erofs_target)
         self._record = replace(record, loop=erofs.loop)
+        if exact and device.boot is not None:
+            self._boot = BootPhase(device.boot, erofs_target.stat().st_dev)
+        elif exact:
+            attach.tune_readahead(erofs_target, 0)
         if record.read_write:
             layer = WritableLayer(Path(record.rw_dir))
             layer.create()
@@ -191,6 +218,8 @@ class _Server:
                 return
             if self._store is not None:
                 self._store.fetcher.expire()
+            if self._boot is not None:
+                self._boot.check()
 
 
 def _send(pipe: int, value: dict[str, object]) -> None:

@@ -151,6 +151,7 @@ def _absolute(options: MountOptions) -> MountOptions:
         run_dir=Path(os.path.realpath(options.run_dir)),
         cache_dir=Path(os.path.realpath(options.cache_dir)),
         rw_root=Path(os.path.realpath(rw_root)),
+        trace_path=Path(os.path.realpath(options.trace_path)) if options.trace_path else None,
     )
 
 

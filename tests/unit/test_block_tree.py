@@ -1,5 +1,7 @@
 """The block tree against a naive model, and its proofs against all kinds of subsets."""
 
+import itertools
+
 import pytest
 from blake3 import blake3
 from hypothesis import given
@@ -52,7 +54,7 @@ def runs(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]]]:
     """A tree's size and disjoint runs of its blocks, some of which touch."""
     blocks = draw(st.integers(1, 90))
     cuts = sorted(draw(st.sets(st.integers(0, blocks), min_size=2, max_size=12)))
-    pairs = list(zip(cuts, cuts[1:], strict=False))
+    pairs = list(itertools.pairwise(cuts))
     kept = draw(st.lists(st.sampled_from(pairs), min_size=1, unique=True)) if pairs else []
     return blocks, [(first, end - first) for first, end in kept or [(0, blocks)]]
 
