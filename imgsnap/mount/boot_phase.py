@@ -1,9 +1,9 @@
 """The kernel's readahead on a mount that starts from a boot pack: none, until the start is over.
 
 A boot pack has the blocks that a start reads and not those around them. A request of the kernel
-that reads ahead mixes both and cannot be answered from the pack. The device file is opened for direct
-I/O, so only EROFS's own readahead counts, and that can be changed at any time for files that are
-opened later.
+that reads ahead mixes both and cannot be answered from the pack. The device file is opened for
+direct I/O, so only EROFS's own readahead counts, and that can be changed at any time for files that
+are opened later.
 """
 
 import logging
@@ -20,13 +20,13 @@ _log = logging.getLogger(__name__)
 class BootPhase:
     """Ask `check` every few seconds; it ends the phase once the pack is no longer used."""
 
-    def __init__(self, boot: BootLoader, device: int) -> None:
-        """`device` is the number of the mounted EROFS."""
+    def __init__(self, boot: BootLoader, bdi: str) -> None:
+        """`bdi` is that of the mounted EROFS."""
         self._boot = boot
-        self._device = device
+        self._bdi = bdi
         self._served = -1
         self._over = False
-        attach.set_readahead(device, 0)
+        attach.set_readahead(bdi, 0)
 
     def check(self) -> None:
         """Raises the readahead when the stream has ended and nothing was read from the pack since
@@ -36,5 +36,5 @@ class BootPhase:
             self._served = served
             return
         self._over = True
-        attach.set_readahead(self._device, READ_AHEAD_AFTER_KB)
+        attach.set_readahead(self._bdi, READ_AHEAD_AFTER_KB)
         _log.info("the start is over; pack: %s", self._boot.buffer.counts.as_dict())

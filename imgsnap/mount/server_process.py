@@ -189,12 +189,14 @@ class _Server:
         if record.read_write:
             record.lower_dir.mkdir(mode=0o700)
             erofs_target = record.lower_dir
-        erofs = attach.mount_erofs(record.device_dir / attach.DEVICE_FILE, erofs_target)
+        erofs = attach.mount_erofs(
+            record.device_dir / attach.DEVICE_FILE, erofs_target, find_bdi=exact
+        )
         self._record = replace(record, loop=erofs.loop)
-        if exact and device.boot is not None:
-            self._boot = BootPhase(device.boot, erofs_target.stat().st_dev)
-        elif exact:
-            attach.tune_readahead(erofs_target, 0)
+        if erofs.bdi and device.boot is not None:
+            self._boot = BootPhase(device.boot, erofs.bdi)
+        elif erofs.bdi:
+            attach.set_readahead(erofs.bdi, 0)
         if record.read_write:
             layer = WritableLayer(Path(record.rw_dir))
             layer.create()
