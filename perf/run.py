@@ -13,7 +13,7 @@ from pathlib import Path
 from harness.options import SKIPPED
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("convert", "store", "mount", "read", "start")
+NAMES = ("convert", "store", "mount", "read", "start", "boot")
 RUNS = 3
 
 
