@@ -41,7 +41,8 @@ def command(
             repository, reference = places.reader(stack, ref)
             sys.stdout.buffer.write(repository.manifest(reference).raw)
             return
-        value = describe(places.snapshot(stack, ref, platform))
+        snapshot = places.snapshot(stack, ref, platform)
+        value = {**describe(snapshot), "bootPacks": _boot_packs(snapshot)}
     if format_ == "json":
         print_json(value)
     else:
@@ -97,6 +98,21 @@ def describe(snapshot: "Snapshot") -> dict[str, Any]:
     }
 
 
+def _boot_packs(snapshot: "Snapshot") -> list[dict[str, Any]]:
+    from imgsnap.blockstore.boot_choice import boot_packs
+
+    return [
+        {
+            "name": pack.name,
+            "default": pack.default,
+            "created": pack.created,
+            "digest": pack.blob.digest,
+            "size": pack.blob.size,
+        }
+        for pack in boot_packs(snapshot.repository, snapshot.manifest.digest)
+    ]
+
+
 def _print(value: dict[str, Any]) -> None:
     metadata = value["metadata"]
     pairs = (
@@ -127,3 +143,17 @@ def _print(value: dict[str, Any]) -> None:
             for layer in value["layers"]
         ],
     )
+    if value["bootPacks"]:
+        click.echo()
+        print_table(
+            ("BOOT PACK", "SIZE", "CREATED", "DIGEST"),
+            [
+                (
+                    pack["name"] + (" (default)" if pack["default"] else ""),
+                    format_size(pack["size"]),
+                    pack["created"],
+                    pack["digest"][7:19],
+                )
+                for pack in value["bootPacks"]
+            ],
+        )

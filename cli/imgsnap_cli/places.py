@@ -163,6 +163,7 @@ class Places:
         read_write: bool,
         *,
         boot_pack: tuple[str, ...],
+        image_config: bool = False,
         trace_path: Path | None = None,
     ) -> "tuple[MountOptions, Callable[[], Repository]]":
         """For `mount_snapshot`: the repository is opened in the block server's process."""
@@ -179,6 +180,7 @@ class Places:
             platform=_platform(platform),
             read_write=read_write,
             boot_pack=boot_pack,
+            image_config=image_config,
             trace_path=trace_path,
         )
         self._registry_options()  # refused here, where the user sees it at once

@@ -39,7 +39,13 @@ def run_in_snapshot(
     root = bundle / "rootfs"
     root.mkdir()
     arguments = places.mount_arguments(
-        ref, root, platform, True, boot_pack=boot_pack, trace_path=trace_path
+        ref,
+        root,
+        platform,
+        True,
+        boot_pack=boot_pack,
+        image_config=True,
+        trace_path=trace_path,
     )
     record = mount_snapshot(*arguments)
     stack.callback(unmount, root, settings.run)

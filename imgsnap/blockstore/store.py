@@ -23,6 +23,7 @@ class ReadOptions:
     deadline_s: float = DEFAULT_DEADLINE_S  # of one read
     boot_pack: tuple[str, ...] = ()  # names by preference, `boot_choice.AUTO` for any; () for none
     trace: bool = False  # note which blocks are read
+    image_config: bool = False  # have the source image's config cached afterwards
 
 
 class Device:
@@ -74,6 +75,7 @@ class BlockStore:
                 reference,
                 self.cache,
                 platform=platform,
+                image_config=options.image_config,
                 meanwhile=boot.start if boot is not None else lambda digest: None,
             )
             reader = self.reader(snapshot, options, boot)

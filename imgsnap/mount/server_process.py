@@ -53,6 +53,7 @@ class MountOptions:
     read_deadline_s: float = DEFAULT_DEADLINE_S
     mount_timeout_s: float = 300.0
     boot_pack: tuple[str, ...] = (AUTO,)  # names by preference; () for none
+    image_config: bool = False  # have the source image's config cached afterwards
     trace_path: Path | None = None  # where a trace of the reads is written when the server ends
 
 
@@ -140,6 +141,7 @@ class _Server:
                 options.read_deadline_s,
                 boot_pack=() if options.trace_path else options.boot_pack,
                 trace=options.trace_path is not None,
+                image_config=options.image_config,
             ),
         )
         reader, snapshot = device.reader, device.snapshot

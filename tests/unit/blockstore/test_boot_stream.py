@@ -86,8 +86,8 @@ def test_what_the_pack_lacks_comes_as_ever(tmp_path: Path) -> None:
         for block in range(0, BLOCKS, 7):
             count = min(9, BLOCKS - block)
             assert read(store, block, count) == device_bytes(sample(), block, count)
-        assert store.statistics.demand.requests > 0
         assert store.statistics.pack.served > 0
+    assert repository.ranges
 
 
 def test_covered_reads_open_no_readahead_window(tmp_path: Path) -> None:
