@@ -250,7 +250,7 @@ def _end(first: int, count: int) -> int:
 
 
 def test_the_touch_log_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("imgsnap.blockstore.touches.TOUCHES_MAX", 5)
+    monkeypatch.setattr("imgsnap.blockstore.touches.BLOCKS_MAX", 5)
     log = TouchLog()
     for block in range(0, 40, 2):
         log.note(block * BLOCK_SIZE, BLOCK_SIZE)
