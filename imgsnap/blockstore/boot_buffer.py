@@ -20,6 +20,9 @@ from imgsnap.units import BLOCK_BITS, BLOCK_SIZE
 
 PATIENCE_S = 3.0
 """A reader waits this long for a pack that makes no progress; then it reads without it."""
+WAIT_MAX_S = 2.0
+"""Blocks that will take longer to come, at the rate of those before them, are fetched alone: who
+reads far ahead of the recorded order should not wait for all of it."""
 
 
 class _Index:
@@ -66,7 +69,7 @@ class BootBuffer:
         self._expected = 0
         self._ended = False
         self._hopeful = True
-        self._progress = time.monotonic()
+        self._progress = self._opened = time.monotonic()
 
     # The readers' side -----------------------------------------------------------------------
 
@@ -82,8 +85,10 @@ class BootBuffer:
         if pieces is None:
             return None
         last = max(slot + count for slot, count in pieces)
+        if last <= self._arrived:
+            return last
         may_come = self._hopeful and not self._ended
-        return last if last <= self._arrived or may_come else None
+        return last if may_come and self._seconds_until(last) <= WAIT_MAX_S else None
 
     def read_into(self, extent: str, offset: int, view: memoryview) -> bool:
         """Fills `view` with these bytes of an extent if all have arrived."""
@@ -116,6 +121,11 @@ class BootBuffer:
         if not waiting:
             then()
 
+    def _seconds_until(self, blocks: int) -> float:
+        """When so many will have arrived, by the rate so far; 0 while there is none."""
+        elapsed = time.monotonic() - self._opened
+        return (blocks - self._arrived) * elapsed / self._arrived if self._arrived else 0.0
+
     def _find(self, extent: str, offset: int, length: int) -> list[tuple[int, int]] | None:
         index = self._index.get(extent)
         if index is None:
@@ -145,6 +155,7 @@ class BootBuffer:
         with self._lock:
             self._file, self._expected, self._used = file, slot, bytearray(slot)
             self._index = {extent: _Index(own) for extent, own in runs.items()}
+            self._opened = time.monotonic()
             released = self._advance(0)
         _call(released)
 

@@ -7,12 +7,13 @@ snapshot costs speed and one line in the log: its blocks are then fetched as any
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from imgsnap.blockstore.boot_buffer import BootBuffer
-from imgsnap.blockstore.boot_choice import BOOT_PACK_SIZE_MAX, BootPack, boot_packs, choose
+from imgsnap.blockstore.boot_choice import BOOT_PACK_SIZE_MAX, boot_packs, choose
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import ImgsnapError, IntegrityError, Unavailable
@@ -24,6 +25,8 @@ from imgsnap.oci.media_types import BOOT_PACK
 from imgsnap.oci.repository import ByteStream, Descriptor, Repository
 from imgsnap.units import BLOCK_SIZE
 
+CHOICE_AGE_S = 3600.0
+"""A choice older than this is made again, after it was used once more."""
 WATCH_S = 0.25
 """How often a stalled stream is looked for."""
 _JOIN_S = 2.0
@@ -49,11 +52,15 @@ class BootLoader:
         self._local: Callable[[BootTable], bool] = lambda table: False
         self._threads: list[threading.Thread] = []
 
-    def start(self, snapshot: Digest) -> None:
-        """Looks for the pack and fetches it, in a thread; a second call does nothing."""
+    def start(self, snapshot: Digest, *, ask: bool = True) -> None:
+        """Looks for the pack and fetches it, in a thread; a second call does nothing.
+
+        Without `ask` the repository is not asked which packs there are if this node knows: for a
+        snapshot whose other parts are all here, so that it needs nobody who may be away.
+        """
         if self._threads:
             return
-        for name, run in (("boot", lambda: self._run(snapshot)), ("boot-watch", self._watch)):
+        for name, run in (("boot", lambda: self._run(snapshot, ask)), ("boot-watch", self._watch)):
             thread = threading.Thread(target=run, name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -88,12 +95,17 @@ class BootLoader:
         while not self._ended.wait(WATCH_S):
             self.buffer.check_progress()
 
-    def _run(self, snapshot: Digest) -> None:
+    def _run(self, snapshot: Digest, ask: bool) -> None:
         try:
-            self._found = self._choose(snapshot)
+            known = None if ask else self._known(snapshot)
+            self._found = known.pack if known is not None else self._ask(snapshot)
             self._chosen.set()
             if self._found is not None:
                 self._load(self._found)
+            self.buffer.end()
+            if known is not None and known.age_s > CHOICE_AGE_S:
+                with suppress(ImgsnapError):
+                    self._ask(snapshot)  # for the next time
         except (ImgsnapError, OSError) as error:
             if not self._ended.is_set():
                 self.buffer.counts.failures += 1
@@ -107,19 +119,25 @@ class BootLoader:
 
     # Choosing --------------------------------------------------------------------------------
 
-    def _choose(self, snapshot: Digest) -> Descriptor | None:
-        """The pack that this node has for these names, or what the repository lists."""
-        key = f"boot-pack\0{snapshot}\0{json.dumps(self._wanted)}"
-        known = _remembered(self._cache.load_tag(key))
-        if known is not None and self._cache.boot_pack_path(known.digest).exists():
-            return known
+    def _ask(self, snapshot: Digest) -> Descriptor | None:
+        """What the repository lists; remembered for `_known`."""
         packs = boot_packs(self._repository, snapshot)
         chosen = next((pack for name in self._wanted if (pack := choose(packs, name))), None)
+        self._cache.store_tag(self._key(snapshot), _memory(chosen.blob if chosen else None))
         if chosen is None:
             return None
         _log.info("boot pack %s (%s, %d bytes)", chosen.name, chosen.blob.digest, chosen.blob.size)
-        self._cache.store_tag(key, _memory(chosen))
         return chosen.blob
+
+    def _known(self, snapshot: Digest) -> "_Known | None":
+        """What the repository said before, if that needs nothing from it now."""
+        known = _remembered(self._cache.load_tag(self._key(snapshot)))
+        if known is None or known.pack is None:
+            return known
+        return known if self._cache.boot_pack_path(known.pack.digest).exists() else None
+
+    def _key(self, snapshot: Digest) -> str:
+        return f"boot-pack\0{self._repository.name}\0{snapshot}\0{json.dumps(self._wanted)}"
 
     # Loading ---------------------------------------------------------------------------------
 
@@ -249,14 +267,27 @@ def _exactly(stream: ByteStream, size: int) -> bytes:
     return b"".join(parts) if len(parts) != 1 else parts[0]
 
 
-def _memory(pack: BootPack) -> bytes:
-    return json.dumps({"digest": pack.blob.digest, "size": pack.blob.size}).encode()
+class _Known(NamedTuple):
+    """A choice that was made before; `pack` is None when there was none to choose."""
+
+    pack: Descriptor | None
+    age_s: float
 
 
-def _remembered(raw: bytes | None) -> Descriptor | None:
+def _memory(pack: Descriptor | None) -> bytes:
+    value = {"digest": pack.digest, "size": pack.size} if pack is not None else None
+    return json.dumps({"pack": value, "time": int(time.time())}).encode()
+
+
+def _remembered(raw: bytes | None) -> _Known | None:
     try:
-        value: Mapping[str, object] = json.loads(raw or b"{}")
-        digest, size = parse_digest(str(value["digest"])), int(str(value["size"]))
+        value = json.loads(raw or b"")
+        pack, age_s = value["pack"], time.time() - float(value["time"])
+        if pack is None:
+            return _Known(None, age_s)
+        digest, size = parse_digest(pack["digest"]), int(pack["size"])
     except (ValueError, KeyError, TypeError, ImgsnapError):
         return None
-    return Descriptor(BOOT_PACK, digest, size) if 0 < size <= BOOT_PACK_SIZE_MAX else None
+    if not 0 < size <= BOOT_PACK_SIZE_MAX:
+        return None
+    return _Known(Descriptor(BOOT_PACK, digest, size), age_s)

@@ -304,8 +304,8 @@ class BlockReader:
     def trace(self) -> Trace:
         """The first reads of the extents' blocks so far, in order; empty unless they are noted.
 
-        Exact only when the kernel did not read ahead (`imgsnap trace`); else a little more than what
-        was used. Safe at any time, from any thread.
+        Exact only when the kernel did not read ahead (`imgsnap trace`); else more than what was
+        used. Safe at any time, from any thread.
         """
         numbers: dict[str, int] = {}
         touches: list[Touch] = []

@@ -82,7 +82,7 @@ class BlockStore:
             if boot is not None:
                 boot.attach(snapshot.chunk_map, reader.has_local)
                 if not reader.local:
-                    boot.start(snapshot.manifest.digest)
+                    boot.start(snapshot.manifest.digest, ask=False)
                 elif not boot.started:
                     boot.buffer.end()
             return Device(snapshot, reader, boot)

@@ -272,3 +272,38 @@ def test_the_trace_of_a_store(tmp_path: Path) -> None:
     named = [(trace.extents[t.extent], t.first, t.blocks) for t in trace.touches]
     assert named == [(expected.extents[t.extent], t.first, t.blocks) for t in expected.touches]
     assert trace.complete
+
+
+def test_the_absence_of_a_pack_is_remembered_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = PackRepository(sample())
+    for _ in range(2):
+        with open_store(repository, tmp_path, boot_pack=DEFAULT) as store:
+            assert store.boot is not None and not store.boot.found(20)
+    assert repository.count("referrers") == 1
+    attach_pack(repository, sample(), pack())
+    monkeypatch.setattr(boot_stream, "CHOICE_AGE_S", -1.0)
+    with open_store(repository, tmp_path, boot_pack=DEFAULT) as store:
+        assert store.boot is not None and not store.boot.found(20)  # not waited for
+        wait_until(lambda: store.boot.ended)
+    assert repository.count("referrers") == 2
+    with open_store(repository, tmp_path, boot_pack=DEFAULT) as store:
+        assert store.boot is not None and store.boot.found(20)
+        assert read(store, recorded()[-1]) == device_bytes(sample(), recorded()[-1], 1)
+        assert store.statistics.pack.blocks == len(recorded())
+
+
+def test_who_reads_far_ahead_does_not_wait_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(boot_buffer, "WAIT_MAX_S", 0.0)
+    repository = PackRepository(sample())
+    attach_pack(repository, sample(), pack())
+    repository.stall_at = len(pack()) - 10
+    with open_store(repository, tmp_path, boot_pack=DEFAULT) as store:
+        wait_until(lambda: store.statistics.pack.blocks > 0)
+        for block in recorded()[-9:]:
+            assert read(store, block) == device_bytes(sample(), block, 1)
+        assert repository.ranges
+        repository.go_on.set()
