@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from imgsnap.errors import Unavailable
 from imgsnap.formats.chunk_map import ZERO_PACK
 from imgsnap.units import BLOCK_SIZE, format_size
 from imgsnap_cli.output import format_option, print_json, print_table
@@ -98,9 +99,14 @@ def describe(snapshot: "Snapshot") -> dict[str, Any]:
     }
 
 
-def _boot_packs(snapshot: "Snapshot") -> list[dict[str, Any]]:
+def _boot_packs(snapshot: "Snapshot") -> list[dict[str, Any]] | None:
+    """None when the repository does not say: everything else may come from the cache."""
     from imgsnap.blockstore.boot_choice import boot_packs
 
+    try:
+        packs = boot_packs(snapshot.repository, snapshot.manifest.digest)
+    except Unavailable:
+        return None
     return [
         {
             "name": pack.name,
@@ -109,7 +115,7 @@ def _boot_packs(snapshot: "Snapshot") -> list[dict[str, Any]]:
             "digest": pack.blob.digest,
             "size": pack.blob.size,
         }
-        for pack in boot_packs(snapshot.repository, snapshot.manifest.digest)
+        for pack in packs
     ]
 
 
