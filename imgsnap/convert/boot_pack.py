@@ -25,7 +25,7 @@ from imgsnap.units import BLOCK_SIZE, MIB
 
 FRAME_BLOCKS = 128
 """512 KiB: see docs/adr/0008."""
-LEVEL = 9
+LEVEL = 19
 """Compressed once, sent at every cold start."""
 _READ = 4 * MIB
 
