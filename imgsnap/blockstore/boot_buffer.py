@@ -11,12 +11,15 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.statistics import PackCounts
 from imgsnap.errors import ImgsnapError
-from imgsnap.formats.boot_pack import BootTable
 from imgsnap.units import BLOCK_BITS, BLOCK_SIZE
+
+if TYPE_CHECKING:  # 4 ms, which the thread that loads packs spends while it waits
+    from imgsnap.formats.boot_pack import BootTable
 
 PATIENCE_S = 3.0
 """A reader waits this long for a pack that makes no progress; then it reads without it."""
@@ -142,7 +145,7 @@ class BootBuffer:
 
     # The stream's side -----------------------------------------------------------------------
 
-    def open(self, table: BootTable) -> None:
+    def open(self, table: "BootTable") -> None:
         """Takes what the pack will hold. Raises ImgsnapError when there is no room for it."""
         runs: dict[str, list[tuple[int, int, int]]] = {}
         slot = 0

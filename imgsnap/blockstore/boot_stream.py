@@ -10,20 +10,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from imgsnap.blockstore.boot_buffer import BootBuffer
 from imgsnap.blockstore.boot_choice import BOOT_PACK_SIZE_MAX, boot_packs, choose
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import ImgsnapError, IntegrityError, Unavailable
-from imgsnap.formats import block_tree, boot_pack
-from imgsnap.formats.boot_pack import BootFrame, BootTable, Header
 from imgsnap.formats.chunk_map import ChunkMap
 from imgsnap.formats.frame import decompress_exact
 from imgsnap.oci.media_types import BOOT_PACK
 from imgsnap.oci.repository import ByteStream, Descriptor, Repository
 from imgsnap.units import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from imgsnap.formats.boot_pack import BootFrame, BootTable
 
 CHOICE_AGE_S = 3600.0
 """A choice older than this is made again, after it was used once more."""
@@ -65,7 +66,7 @@ class BootLoader:
             self._threads.append(thread)
             thread.start()
 
-    def attach(self, chunk_map: ChunkMap, local: Callable[[BootTable], bool]) -> None:
+    def attach(self, chunk_map: ChunkMap, local: "Callable[[BootTable], bool]") -> None:
         """The roots to verify by; `local` tells whether all blocks of a table are here anyway."""
         self._chunk_map, self._local = chunk_map, local
         self._attached.set()
@@ -165,6 +166,9 @@ class BootLoader:
 
     def _stream(self, pack: Descriptor, stream: ByteStream) -> bool:
         """Reads header, table and frames; False when nothing of it was needed."""
+        from imgsnap.formats import boot_pack
+        from imgsnap.formats.boot_pack import Header
+
         header = Header.parse(_exactly(stream, Header.SIZE))
         raw = _exactly(stream, header.table_length)
         table = boot_pack.decode_table(header, raw)
@@ -184,8 +188,10 @@ class BootLoader:
         return True
 
 
-def check_table(table: BootTable, chunk_map: ChunkMap) -> None:
+def check_table(table: "BootTable", chunk_map: ChunkMap) -> None:
     """Compares a table with the block roots of a snapshot. Raises IntegrityError."""
+    from imgsnap.formats import block_tree
+
     stated = {extent.id: extent for extent in chunk_map.extents}
     nodes: list[dict[block_tree.Node, bytes]] = [{} for _ in table.extents]
     for frame in table.frames:
@@ -201,8 +207,10 @@ def check_table(table: BootTable, chunk_map: ChunkMap) -> None:
             raise IntegrityError(f"the proof for extent {extent.id} does not lead to its root")
 
 
-def frame_content(frame: BootFrame, raw: bytes) -> bytes:
+def frame_content(frame: "BootFrame", raw: bytes) -> bytes:
     """The blocks of a frame, verified by the nodes of a checked table. Raises IntegrityError."""
+    from imgsnap.formats import block_tree
+
     content = decompress_exact(raw, frame.blocks * BLOCK_SIZE, record="boot pack frame")
     leaves = block_tree.leaves(content)
     at = 0

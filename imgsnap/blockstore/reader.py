@@ -6,20 +6,22 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from imgsnap.blockstore.boot_buffer import BootBuffer
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
 from imgsnap.blockstore.readahead import WINDOW_MAX, Readahead
 from imgsnap.blockstore.snapshot import Snapshot
 from imgsnap.blockstore.statistics import Statistics
-from imgsnap.blockstore.touches import TouchLog
 from imgsnap.errors import ImgsnapError, IntegrityError, InvalidArgument, Unavailable
-from imgsnap.formats.boot_pack import BootTable
-from imgsnap.formats.trace import Touch, Trace
 from imgsnap.units import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from imgsnap.blockstore.boot_buffer import BootBuffer
+    from imgsnap.blockstore.touches import TouchLog
+    from imgsnap.formats.boot_pack import BootTable
+    from imgsnap.formats.trace import Trace
 
 READ_ATTEMPTS = 3
 """A chunk that is lost from the cache between its fetch and its use is fetched again this often."""
@@ -72,8 +74,8 @@ class BlockReader:
         *,
         readahead_max: int = WINDOW_MAX,
         deadline_s: float = DEFAULT_DEADLINE_S,
-        boot: BootBuffer | None = None,
-        touches: TouchLog | None = None,
+        boot: "BootBuffer | None" = None,
+        touches: "TouchLog | None" = None,
     ) -> None:
         """`boot` holds blocks of a boot pack; `touches` is told what is read."""
         self.size = snapshot.size
@@ -213,7 +215,7 @@ class BlockReader:
         return self._boot is not None and self._copy_boot(self._boot, source, offset, view)
 
     def _copy_boot(
-        self, boot: BootBuffer, source: ChunkSource, offset: int, view: memoryview
+        self, boot: "BootBuffer", source: ChunkSource, offset: int, view: memoryview
     ) -> bool:
         """As `_copy`, where the boot pack has what the cache lacks, chunk by chunk."""
         cache = source.cache
@@ -291,7 +293,7 @@ class BlockReader:
         low, high = _overlap(cache.place(row), span.offset, span.length)
         return self._boot.until(cache.id, low, high - low)
 
-    def has_local(self, table: BootTable) -> bool:
+    def has_local(self, table: "BootTable") -> bool:
         """Whether the extent caches have all blocks of a boot pack, as far as is known."""
         caches = {p.source.cache.id: p.source.cache for p in self._parts if p.source is not None}
         return not any(
@@ -301,12 +303,14 @@ class BlockReader:
             if (cache := caches.get(table.extents[run.extent].id)) is not None
         )
 
-    def trace(self) -> Trace:
+    def trace(self) -> "Trace":
         """The first reads of the extents' blocks so far, in order; empty unless they are noted.
 
         Exact only when the kernel did not read ahead (`imgsnap trace`); else more than what was
         used. Safe at any time, from any thread.
         """
+        from imgsnap.formats.trace import Touch, Trace
+
         numbers: dict[str, int] = {}
         touches: list[Touch] = []
         for first, count in self._touches.runs() if self._touches is not None else ():

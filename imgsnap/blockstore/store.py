@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
-from imgsnap.blockstore.boot_stream import BootLoader
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, DEFAULT_THREADS, Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.readahead import WINDOW_MAX
 from imgsnap.blockstore.reader import BlockReader
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
-from imgsnap.blockstore.touches import TouchLog
 from imgsnap.oci.repository import Platform, Repository
+
+if TYPE_CHECKING:
+    from imgsnap.blockstore.boot_stream import BootLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Device:
     """An opened snapshot and the reader of its bytes; close it when nobody reads any more."""
 
     def __init__(
-        self, snapshot: Snapshot, reader: BlockReader, boot: BootLoader | None = None
+        self, snapshot: Snapshot, reader: BlockReader, boot: "BootLoader | None" = None
     ) -> None:
         self.snapshot = snapshot
         self.reader = reader
@@ -67,6 +68,8 @@ class BlockStore:
         options = options or ReadOptions()
         boot: BootLoader | None = None
         if options.boot_pack:
+            from imgsnap.blockstore.boot_stream import BootLoader
+
             boot = BootLoader(repository, self.cache, options.boot_pack)
         snapshot: Snapshot | None = None
         try:
@@ -94,9 +97,11 @@ class BlockStore:
             raise
 
     def reader(
-        self, snapshot: Snapshot, options: ReadOptions, boot: BootLoader | None = None
+        self, snapshot: Snapshot, options: ReadOptions, boot: "BootLoader | None" = None
     ) -> BlockReader:
         """Reads of a snapshot that the caller has opened, and closes after the reader."""
+        from imgsnap.blockstore.touches import TouchLog
+
         return BlockReader(
             snapshot,
             self.pool,

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import logging
 import os
-import random
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -125,7 +124,7 @@ def _mount_telling_bdi(image: Path, target: Path, flags: MountFlag) -> str:
             return new.pop()
         if attempt < BDI_ATTEMPTS - 1:
             linux.umount(target, UmountFlag.NOFOLLOW)
-            time.sleep(random.uniform(0, BUSY_WAIT_S))  # noqa: S311
+            time.sleep(BUSY_WAIT_S * os.urandom(1)[0] / 255)  # not in step with the others
     return ""
 
 
