@@ -66,11 +66,7 @@ class BlockStore:
         everything is local.
         """
         options = options or ReadOptions()
-        boot: BootLoader | None = None
-        if options.boot_pack:
-            from imgsnap.blockstore.boot_stream import BootLoader
-
-            boot = BootLoader(repository, self.cache, options.boot_pack)
+        boot = _boot_loader(repository, self.cache, options)
         snapshot: Snapshot | None = None
         try:
             snapshot = open_snapshot(
@@ -126,3 +122,13 @@ class BlockStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _boot_loader(
+    repository: Repository, cache: NodeCache, options: ReadOptions
+) -> "BootLoader | None":
+    if not options.boot_pack:
+        return None
+    from imgsnap.blockstore.boot_stream import BootLoader
+
+    return BootLoader(repository, cache, options.boot_pack)
