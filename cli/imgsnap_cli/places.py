@@ -227,7 +227,7 @@ class Places:
             platform=_platform(platform),
             read_write=read_write,
             read=read or ReadOptions(boot_pack=(AUTO,)),
-            cache_quota=_quota(self._settings),
+            cache_quota=quota(self._settings),
         )
         source = Source(
             _lasting(location),
@@ -274,10 +274,11 @@ def node_cache(settings: Settings) -> "NodeCache":
     """The node's cache, with the quota that was given. Raises InvalidArgument."""
     from imgsnap.blockstore.node_cache import NodeCache
 
-    return NodeCache(settings.cache, quota=_quota(settings))
+    return NodeCache(settings.cache, quota=quota(settings))
 
 
-def _quota(settings: Settings) -> int | None:
+def quota(settings: Settings) -> int | None:
+    """The cache's quota that was given, in bytes. Raises InvalidArgument."""
     if settings.cache_quota is None:
         return None
     from imgsnap.blockstore.cache_quota import parse_quota

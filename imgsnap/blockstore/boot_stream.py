@@ -235,8 +235,13 @@ class _Kept:
         self._counts = buffer.counts
         self._counts.requests += 1
         self._file: BinaryIO | None = None
-        with suppress(OSError):
-            self._file = self._temporary.open("wb")
+        self._budget = cache.budget
+        self._size = pack.size
+        if self._budget.take(pack.size):
+            try:
+                self._file = self._temporary.open("wb")
+            except OSError:
+                self._budget.done(pack.size)
 
     def read(self, size: int) -> bytes:
         data = self._stream.read(size)
@@ -254,14 +259,18 @@ class _Kept:
             with suppress(OSError):
                 self._file.close()
                 self._temporary.replace(self._path)
-            self._file = None
+            self._forget()
 
     def close(self) -> None:
         if self._file is not None:
             with suppress(OSError):
                 self._file.close()
-            self._file = None
+            self._forget()
             self._temporary.unlink(missing_ok=True)
+
+    def _forget(self) -> None:
+        self._file = None
+        self._budget.done(self._size)
 
 
 def _exactly(stream: ByteStream, size: int) -> bytes:

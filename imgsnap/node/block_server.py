@@ -10,12 +10,15 @@ import os
 import signal
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from imgsnap.blockstore.cache_pins import Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.fetcher import DEFAULT_THREADS
 from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.snapshot import Snapshot
 from imgsnap.blockstore.store import BlockStore, Device, read_options
 from imgsnap.errors import ImgsnapError, NotFound, Unavailable
 from imgsnap.fuse import protocol
@@ -54,6 +57,7 @@ class ServerSettings:
     cache_dir: Path
     fetch_threads: int = DEFAULT_THREADS
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
+    pin_holder: str = ""  # attached snapshots are pinned in this name; "": not at all
 
 
 class BlockServer:
@@ -167,9 +171,21 @@ class BlockServer:
             exact=options.exact or (device.boot is not None and device.boot.found(BOOT_ANSWER_S)),
             options=options,
         )
+        if self._settings.pin_holder:
+            self._pin(snapshot)
         kept = self._catalog.add(attachment, device)
         _log.info("attached %s", kept.manifest_digest)
         return kept.to_json()
+
+    def _pin(self, snapshot: Snapshot) -> None:
+        """What is attached must open again while the registry is away."""
+        parts, holder = snapshot_parts(snapshot), self._settings.pin_holder
+        try:
+            write_pin(
+                self._store.cache, Pin(snapshot.manifest.digest, holder, parts, boot_id(), {})
+            )
+        except ImgsnapError as error:
+            _log.warning("%s is not pinned: %s", snapshot.manifest.digest, error)
 
     def _detach(self, args: dict[str, Any]) -> None:
         """Takes the device's name away; its bytes are served until the kernel forgets it."""
@@ -177,6 +193,9 @@ class BlockServer:
         if attachment is None:
             raise NotFound(f"{args['id']} is not attached")
         self._table.detach(attachment)
+        if self._settings.pin_holder:
+            with suppress(NotFound):
+                unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
         directory = directory_node(attachment.number)
         for parent, name in ((directory, b"layer.erofs"), (protocol.ROOT_ID, args["id"].encode())):
             try:
