@@ -168,6 +168,7 @@ def test_a_spoilt_pack_only_costs_speed(
         blob.write_bytes(bad)
         forget(cli)
         assert cli("run", HTTP, remote).out.split() == WROTE
+    blob.write_bytes(good)  # other tests' packs may have the same bytes
     assert ranges(registry) > 0
 
 
