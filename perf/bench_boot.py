@@ -1,13 +1,13 @@
 """Cold starts with and without a boot pack, over links of several kinds, beside what a link allows.
 
 For each image a start is recorded by `imgsnap trace` and made into a boot pack; then, for each link
-and round, from an empty cache: `imgsnap mount` and the corpus's start task in the mounted root,
-without a pack and with it. The limit is
+and round, from an empty node cache: a mount by the node daemon and the corpus's start task in the
+mounted root, without a pack and with it. Programs of the machine stay in the page cache, as on a
+node that starts many containers. The limit is
 
     pack bytes / link rate + 3 round trips + ready time from a warm local disk
 
-where the local ready time is that of the same task on the same EROFS image as a plain file. It does
-not contain the start of our command: that alone is given as "imgsnap --help".
+where the local ready time is that of the same task on the same EROFS image as a plain file.
 
 Requests and bytes are counted by the registry behind the link, sequential round trips by a proxy
 before it in samples of their own: the longest chain of requests each of which began after the one
@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.client import Client
+from harness.daemon import mounted_by_daemon, node_daemon
 from harness.images import Image, corpus_image
 from harness.options import parser, skip, work_directory
 from harness.plain_mount import erofs
-from harness.processes import compile_bytecode, drop_page_caches, heat, output_of, probe
+from harness.processes import compile_bytecode, heat, output_of, probe
 from harness.recorder import Recorder
 from harness.registry import push
 from harness.report import Report, Sample, tell
@@ -187,7 +188,8 @@ class _Bench:
     def start(self, subject: Subject, pack: str | None) -> Sample:
         """A cold start; `pack` as --boot-pack takes it."""
         self._cold()
-        usage, task, counts = self._mounted(subject, pack, self._registry.address)
+        with node_daemon(self._client):
+            usage, task, counts = self._mounted(subject, pack, self._registry.address)
         return {
             "ready_s": usage + task["ready_s"],
             "mount_s": usage,
@@ -202,7 +204,8 @@ class _Bench:
         port = int(self._registry.address.rpartition(":")[2])
         with Recorder(port) as recorder:
             self._cold()
-            self._mounted(subject, pack, f"127.0.0.1:{recorder.port}")
+            with node_daemon(self._client):
+                self._mounted(subject, pack, f"127.0.0.1:{recorder.port}")
             counts = recorder.counts()
             lines = [exchange.line for exchange in recorder.exchanges]
         packs = sum("/blobs/" in line for line in lines)
@@ -212,14 +215,13 @@ class _Bench:
         self, subject: Subject, pack: str | None, address: str
     ) -> tuple[float, dict[str, Any], dict[str, Any]]:
         reference = f"{address}/{subject.image.name}-snapshot:perf"
-        options = ["--plain-http", *(["--boot-pack", pack] if pack else [])]
-        with self._client.mounted(reference, self._target, *options) as usage:
+        with mounted_by_daemon(self._client, reference, self._target, pack) as mount_s:
             task = self._task(subject.image, str(self._target))
-            return usage.wall_s, task, self._registry.counts()
+            return mount_s, task, self._registry.counts()
 
     def _cold(self) -> None:
+        """An empty node cache; the daemon is new, since its server has open what is deleted."""
         shutil.rmtree(self._client.cache, ignore_errors=True)
-        drop_page_caches()
         heat(self._work / "storage")
         self._registry.reset()
 
