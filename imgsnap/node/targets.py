@@ -8,7 +8,7 @@ from pathlib import Path
 from imgsnap.blockstore.fetcher import DEFAULT_THREADS
 from imgsnap.blockstore.store import ReadOptions
 from imgsnap.errors import AccessDenied, AlreadyExists, Busy, InvalidArgument, NotFound
-from imgsnap.mount import attach, linux, teardown
+from imgsnap.mount import linux, teardown
 from imgsnap.mount.process import ProcessId
 from imgsnap.mount.records import STARTING, MountRecord, MountRecords
 from imgsnap.oci.repository import Platform
@@ -46,13 +46,14 @@ def claim(options: MountOptions) -> tuple[MountOptions, MountRecord]:
         records.prepare()
     except OSError as error:
         raise linux.mount_error(error) from error
-    created = _make_target(options.target)
-    record = _new_record(options, created)
+    record = _new_record(options)
+    _reserve(records, record)
     try:
-        _reserve(records, record)
+        # Only now: who loses the race for the record must not take the winner's directory away.
+        record = replace(record, target_created=_make_target(options.target))
+        records.update(record)
     except BaseException:
-        if created:
-            attach.remove_directory(options.target)
+        records.remove(record)
         raise
     return options, record
 
@@ -82,7 +83,7 @@ def _make_target(target: Path) -> bool:
         raise NotFound(f"cannot make {target}: {error.strerror}", hint=hint) from error
 
 
-def _new_record(options: MountOptions, created: bool) -> MountRecord:
+def _new_record(options: MountOptions) -> MountRecord:
     record_id = MountRecords.id_of(options.target)
     instance = f"{record_id}-{os.urandom(3).hex()}"
     rw_dir = str(options.rw_root / instance) if options.read_write and options.rw_root else ""
@@ -91,7 +92,7 @@ def _new_record(options: MountOptions, created: bool) -> MountRecord:
         id=record_id,
         instance=instance,
         target=str(options.target),
-        target_created=created,
+        target_created=False,
         reference=options.reference,
         repository="",
         manifest_digest="",
