@@ -136,7 +136,8 @@ class Supervisor:
         self._poll.unregister(fd)
 
     def run(self) -> bool:
-        """Keeps a server running; True when the superblock is gone, False after `stop`."""
+        """Keeps a server running; True when the superblock is gone, False after `stop` and when
+        the kernel is too old to outlive a server."""
         protect_from_oom()
         while not self._stop:
             if self._child is None and time.monotonic() >= self._not_before:
@@ -207,6 +208,12 @@ class Supervisor:
         self._child = None
         if status == EXIT_ENDED:
             return True
+        if not self._held.session.resends:
+            # What the server had read and not answered is lost: its readers would wait for ever.
+            _log.error("block server %d died, and this kernel cannot resend", child.process.pid)
+            os.close(self._held.device)  # the last one: the kernel fails all readers now
+            self._stop = True
+            return False
         self._failures = 0 if child.served else self._failures + 1
         delay = BACKOFF_FIRST_S * 2 ** (self._failures - 1) if self._failures else 0.0
         self._not_before = time.monotonic() + min(delay, BACKOFF_MAX_S)

@@ -20,6 +20,7 @@ from imgsnap.errors import (
     Unavailable,
     Unsupported,
 )
+from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import linux
 from imgsnap.mount.process import ProcessId
 from imgsnap.node import rpc
@@ -258,6 +259,31 @@ def test_a_killed_server_is_replaced_and_readers_get_their_bytes(site, repositor
     compare_in_parallel(tree, site.root / "mnt")
     assert record.server.alive
     site.unmount()
+
+
+def test_a_kernel_that_cannot_resend_fails_readers_and_does_not_hang_them(
+    site, repository, monkeypatch
+):
+    monkeypatch.setattr(FuseSession, "resends", property(lambda session: False))
+    repository.faults.latency_ms = 250
+    record = site.mount(repository)
+    failures = []
+
+    def read():
+        try:
+            (site.root / "mnt/usr/lib/big.bin").read_bytes()
+        except OSError as error:
+            failures.append(error.errno)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    time.sleep(0.1)
+    os.kill(server_of(record).pid, signal.SIGKILL)
+    reader.join(20)
+    assert not reader.is_alive(), "a reader must not hang"
+    assert len(failures) == 1
+    assert record.server.wait(10), "the supervisor takes the mount away"
+    assert site.leftovers() == []
 
 
 def test_without_its_supervisor_a_server_goes_on(site, repository, tree):
