@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.client import Client
-from harness.images import Image, corpus_image
+from harness.images import Image, corpus_image, large_file_image
 from harness.options import parser, skip, work_directory
 from harness.processes import compile_bytecode, cpu_seconds, heat, measured, output_of, probe
 from harness.registry import push
@@ -41,27 +41,36 @@ WIRE_PER_BYTE = 1.045  # Ethernet, IP and TCP headers, as the shaping counts the
 
 def main() -> None:
     found = parser(__doc__, runs=3)
-    found.add_argument("--image", default="python-sci", help="of the corpus [python-sci]")
+    found.add_argument("--image", default="python-sci", help="of the corpus, or large [python-sci]")
+    found.add_argument("--mib", type=int, default=384, help="size of `--image large` [384]")
     found.add_argument("--links", nargs="+", metavar="RATE/RTT", default=list(LINKS))
     arguments = found.parse_args()
     if os.geteuid() != 0:
         raise skip("mounting and shaping need root")
     if arguments.tools is None or not (Path(arguments.tools) / "shaped-registry").exists():
         raise skip("no corpus tools (--tools or IMGSNAP_CORPUS_TOOLS)")
-    image = corpus_image(arguments.corpus, arguments.image)
-    if image is None:
-        raise skip(f"no {arguments.image} in {arguments.corpus}")
     report = Report("fetch", vars(arguments))
     compile_bytecode()
     with work_directory(arguments) as work:
         client = Client(work / "client")
         client.root.mkdir()
+        image = _image(arguments, work)
         try:
             for number, link in enumerate(arguments.links):
                 _measure(report, arguments, client, work, image, link, publish=number == 0)
         finally:
             client.end()
     report.finish()
+
+
+def _image(arguments: argparse.Namespace, work: Path) -> Image:
+    """`large` is one file that does not compress: long enough that the start does not count."""
+    if arguments.image == "large":
+        return large_file_image(work / "large", arguments.mib)
+    image = corpus_image(arguments.corpus, arguments.image)
+    if image is None:
+        raise skip(f"no {arguments.image} in {arguments.corpus}")
+    return image
 
 
 def _measure(
