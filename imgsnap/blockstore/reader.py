@@ -14,6 +14,7 @@ from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
 from imgsnap.blockstore.readahead import WINDOW_MAX, Readahead
 from imgsnap.blockstore.snapshot import Snapshot
+from imgsnap.blockstore.stalls import StallLog, Waiting
 from imgsnap.blockstore.statistics import Statistics
 from imgsnap.errors import ImgsnapError, IntegrityError, InvalidArgument, Unavailable
 from imgsnap.units import BLOCK_SIZE
@@ -76,6 +77,7 @@ class BlockReader:
     ) -> None:
         self.size = snapshot.size
         self.statistics = Statistics()
+        self.stalls = StallLog()
         self._snapshot = snapshot
         self._metadata = snapshot.metadata.fileno()
         self._pool = pool
@@ -130,7 +132,8 @@ class BlockReader:
     def fetch(self, offset: int, length: int, done: FetchDone) -> None:
         """Brings a range in and calls `done` once, from this thread or a fetcher's."""
         self.statistics.misses += 1
-        self._fetch(offset, length, done, READ_ATTEMPTS)
+        waiting = self.stalls.begin(offset, length, done)
+        self._fetch(offset, length, waiting, READ_ATTEMPTS)
         self._completion.waited()
 
     def read(self, offset: int, length: int) -> bytes:
@@ -212,15 +215,17 @@ class BlockReader:
                 raise IntegrityError("the cached EROFS metadata was cut off while in use")
             done += count
 
-    def _fetch(self, offset: int, length: int, done: FetchDone, attempts: int) -> None:
+    def _fetch(self, offset: int, length: int, done: Waiting, attempts: int) -> None:
         wanted = [
             (span.source, row)
             for span in self._spans(offset, length)
             if span.source is not None
             for row in span.source.cache.missing(span.rows)
         ]
+        done.wants((source.cache.id, row) for source, row in wanted)
 
         def arrived(batch: Batch) -> None:
+            done.served(batch.hosts)
             if batch.error is not None:
                 done(None, batch.error)
                 return

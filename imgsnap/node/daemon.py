@@ -28,9 +28,12 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _log = logging.getLogger(__name__)
 
 
-def run_daemon(run_dir: Path, cache_dir: Path) -> int:
+def run_daemon(run_dir: Path, cache_dir: Path, metrics: str | None = None) -> int:
     """Answers calls until SIGTERM; mounts and the block server stay. SIGUSR2 makes it the program
-    that is installed now. Raises AlreadyExists when a daemon runs, AccessDenied, OSError."""
+    that is installed now. `metrics` is an address and port to serve them on.
+
+    Raises AlreadyExists when a daemon runs, AccessDenied, OSError, and what MetricsServer raises.
+    """
     run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     linux.name_process("imgsnap-control")
@@ -38,6 +41,8 @@ def run_daemon(run_dir: Path, cache_dir: Path) -> int:
     MountRecords(run_dir).prepare()
     places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener, passed = _listener(places)
+    if metrics:
+        _serve_metrics(metrics, run_dir, cache_dir)
     control = Control(run_dir, cache_dir)
     rpc.Server(listener, control.handlers()).start()
     ensure_supervisor(places, cache_dir)
@@ -57,6 +62,12 @@ def run_daemon(run_dir: Path, cache_dir: Path) -> int:
         if not passed:
             places.control_socket.unlink(missing_ok=True)
         return 0
+
+
+def _serve_metrics(address: str, run_dir: Path, cache_dir: Path) -> None:
+    from imgsnap.node.metrics_http import MetricsServer, Observer
+
+    MetricsServer(address, Observer(run_dir, cache_dir)).start()
 
 
 def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:
