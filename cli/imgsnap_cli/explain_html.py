@@ -57,7 +57,9 @@ def page(found: "Explanation") -> str:
     """The whole document; all stalls, by time."""
     title = f"Start of {found.repository or found.snapshot}"
     if found.direct:
-        body = [f"<p>{_t(found.snapshot)} is complete and mounted from local files: no read waits."]
+        body = [
+            f"<p>{_t(found.snapshot)} is complete and mounted from local files: no read waits.</p>"
+        ]
     else:
         body = [f"<pre>{_t(chr(10).join(summary(found)))}</pre>", *_waterfall(found)]
     return "\n".join(

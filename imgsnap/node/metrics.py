@@ -111,8 +111,8 @@ def _line(name: str, sample: Sample) -> str:
 
 
 def _escaped(value: str) -> str:
-    text = value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-    return text.encode("utf-8", "backslashreplace").decode()
+    text = value.encode("utf-8", "backslashreplace").decode()
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _number(value: float) -> str:
