@@ -3,6 +3,7 @@
 import click
 
 from imgsnap_cli.output import format_option, print_json, print_table
+from imgsnap_cli.places import quota
 from imgsnap_cli.settings import Settings
 
 
@@ -29,7 +30,7 @@ def run(settings: Settings, /, metrics: str | None) -> int:
     """
     from imgsnap.node.daemon import run_daemon
 
-    return run_daemon(settings.run, settings.cache, metrics or settings.metrics)
+    return run_daemon(settings.run, settings.cache, quota(settings), metrics or settings.metrics)
 
 
 @command.command(short_help="Run the supervisor in the foreground (for service managers)")
@@ -42,7 +43,8 @@ def supervise(settings: Settings) -> int:
     """
     from imgsnap.node.supervise import main
 
-    return main([str(settings.run), str(settings.cache)])
+    limit = quota(settings)
+    return main([str(settings.run), str(settings.cache), *([] if limit is None else [str(limit)])])
 
 
 @command.command(short_help="Show the daemon's processes and attachments")

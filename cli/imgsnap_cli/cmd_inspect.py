@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from imgsnap.errors import Unavailable
 from imgsnap.formats.chunk_map import ZERO_PACK
 from imgsnap.units import BLOCK_SIZE, format_size
 from imgsnap_cli.output import format_option, print_json, print_table
@@ -41,7 +42,8 @@ def command(
             repository, reference = places.reader(stack, ref)
             sys.stdout.buffer.write(repository.manifest(reference).raw)
             return
-        value = describe(places.snapshot(stack, ref, platform))
+        snapshot = places.snapshot(stack, ref, platform)
+        value = {**describe(snapshot), "bootPacks": _boot_packs(snapshot)}
     if format_ == "json":
         print_json(value)
     else:
@@ -97,6 +99,26 @@ def describe(snapshot: "Snapshot") -> dict[str, Any]:
     }
 
 
+def _boot_packs(snapshot: "Snapshot") -> list[dict[str, Any]] | None:
+    """None when the repository does not say: everything else may come from the cache."""
+    from imgsnap.blockstore.boot_choice import boot_packs
+
+    try:
+        packs = boot_packs(snapshot.repository, snapshot.manifest.digest)
+    except Unavailable:
+        return None
+    return [
+        {
+            "name": pack.name,
+            "default": pack.default,
+            "created": pack.created,
+            "digest": pack.blob.digest,
+            "size": pack.blob.size,
+        }
+        for pack in packs
+    ]
+
+
 def _print(value: dict[str, Any]) -> None:
     metadata = value["metadata"]
     pairs = (
@@ -127,3 +149,17 @@ def _print(value: dict[str, Any]) -> None:
             for layer in value["layers"]
         ],
     )
+    if value["bootPacks"]:
+        click.echo()
+        print_table(
+            ("BOOT PACK", "SIZE", "CREATED", "DIGEST"),
+            [
+                (
+                    pack["name"] + (" (default)" if pack["default"] else ""),
+                    format_size(pack["size"]),
+                    pack["created"],
+                    pack["digest"][7:19],
+                )
+                for pack in value["bootPacks"]
+            ],
+        )

@@ -6,7 +6,15 @@ from typing import Any
 import click
 
 from imgsnap_cli.output import format_option, print_json
-from imgsnap_cli.places import Places, platform_option, reading_flags, registry_flags
+from imgsnap_cli.places import (
+    Places,
+    boot_pack_names,
+    boot_pack_option,
+    platform_option,
+    reading,
+    reading_flags,
+    registry_flags,
+)
 from imgsnap_cli.settings import Settings
 
 
@@ -14,6 +22,7 @@ from imgsnap_cli.settings import Settings
 @click.argument("ref")
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option("--rw", is_flag=True, help="Writable; changes are dropped by umount")
+@boot_pack_option
 @platform_option
 @reading_flags
 @format_option
@@ -25,6 +34,7 @@ def command(
     ref: str,
     directory: Path,
     rw: bool,
+    boot_pack: str | None,
     platform: str | None,
     prefetch: str,
     prefetch_rate: str | None,
@@ -42,6 +52,7 @@ def command(
     from imgsnap.node.client import mount
 
     places = Places(settings, flags)
-    record = mount(*places.mount_arguments(ref, directory, platform, rw, prefetch, prefetch_rate))
+    read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate)
+    record = mount(*places.mount_arguments(ref, directory, platform, rw, read))
     if format_ == "json":
         print_json({"target": record.target, "digest": record.manifest_digest})

@@ -1,17 +1,20 @@
 """imgsnap run"""
 
-import os
-import secrets
-import sys
 from contextlib import ExitStack
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
 
-from imgsnap.errors import Unsupported
-from imgsnap_cli.places import Places, platform_option, reading_flags, registry_flags
+from imgsnap_cli.places import (
+    Places,
+    boot_pack_names,
+    boot_pack_option,
+    platform_option,
+    reading,
+    reading_flags,
+    registry_flags,
+)
+from imgsnap_cli.running import bundle_directory, mount_root, run_in_snapshot
 from imgsnap_cli.settings import Settings
 
 
@@ -21,6 +24,7 @@ from imgsnap_cli.settings import Settings
 )
 @click.argument("ref")
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
+@boot_pack_option
 @platform_option
 @reading_flags
 @registry_flags
@@ -30,6 +34,7 @@ def command(
     /,
     ref: str,
     cmd: tuple[str, ...],
+    boot_pack: str | None,
     platform: str | None,
     prefetch: str,
     prefetch_rate: str | None,
@@ -39,30 +44,15 @@ def command(
 
     Environment, working directory and user are the image's; changes are dropped at the end. The
     command runs in a runc container with the host's network, or without runc in namespaces made
-    by unshare. The exit code is the command's.
+    by unshare. The exit code is the command's. A boot pack named like the program of CMD is
+    preferred to the image's own.
     """
-    from imgsnap.mount import container
-    from imgsnap.node.client import mount, unmount
-    from imgsnap.oci.image_config import parse_run_config
+    from imgsnap.blockstore.boot_choice import name_of_command
 
+    names = boot_pack_names(boot_pack, name_of_command(cmd) if cmd else None)
     places = Places(settings, flags)
-    settings.run.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        bundle = Path(stack.enter_context(TemporaryDirectory(dir=settings.run, prefix="run-")))
-        root = bundle / "rootfs"
-        root.mkdir()
-        record = mount(*places.mount_arguments(ref, root, platform, True, prefetch, prefetch_rate))
-        stack.callback(unmount, root, settings.run, settings.cache)
-        config, image_config = places.image_config(stack, ref, record.manifest_digest)
-        if not container.supported_architecture(config.architecture):
-            raise Unsupported(
-                f"the image is for {config.architecture}; this machine is {os.uname().machine}"
-            )
-        resolved = container.resolve_command(
-            root, parse_run_config(image_config), cmd, terminal=_on_terminal()
-        )
-        return container.run(root, resolved, bundle, f"imgsnap-{secrets.token_hex(6)}")
-
-
-def _on_terminal() -> bool:
-    return sys.stdin.isatty() and sys.stdout.isatty()
+        bundle = bundle_directory(stack, settings)
+        read = reading(names, prefetch, prefetch_rate, image_config=True)
+        root = mount_root(stack, settings, places, bundle, ref, platform, read)
+        return run_in_snapshot(stack, places, root, ref, cmd)

@@ -1,8 +1,9 @@
 """push and pull: one snapshot from one place to another, bytes unchanged."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,11 +12,16 @@ from imgsnap_cli.places import Places
 from imgsnap_cli.progress import make_progress
 from imgsnap_cli.settings import Settings
 
+if TYPE_CHECKING:
+    from imgsnap.digest import Digest
+    from imgsnap.oci.repository import RawManifest, Repository
+
 
 def copy(
     settings: Settings, flags: dict[str, Any], source: str, target: str, progress: str
 ) -> None:
-    """Copies a snapshot, or an index of snapshots; tags it when everything has arrived.
+    """Copies a snapshot, or an index of snapshots; tags it when everything has arrived. Boot packs
+    go with it, the newest of each name.
 
     A source that is an image with a snapshot stands for that snapshot.
     """
@@ -46,5 +52,19 @@ def copy(
         copied = copy_document(
             origin, destination, reference, tag, work, lambda count: watcher.advance(label, count)
         )
+        for pack in _boot_packs(origin, copied):
+            copy_document(origin, destination, pack, None, work)
         watcher.done(label, "copied")
     click.echo(f"{target}@{copied.descriptor.digest}")
+
+
+def _boot_packs(origin: "Repository", raw: "RawManifest") -> "Iterator[Digest]":
+    """The manifests of the boot packs of a snapshot, or of all snapshots of an index."""
+    from imgsnap.blockstore.boot_choice import boot_packs
+    from imgsnap.oci.manifest import ImageIndex, parse_document
+
+    document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
+    entries = document.manifests if isinstance(document, ImageIndex) else (raw.descriptor,)
+    for entry in entries:
+        for pack in boot_packs(origin, entry.digest):
+            yield pack.manifest

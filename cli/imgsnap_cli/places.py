@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.node_cache import NodeCache
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
+    from imgsnap.blockstore.store import ReadOptions
     from imgsnap.formats.snapshot_config import SnapshotConfig
     from imgsnap.node.source import Source
     from imgsnap.node.targets import MountOptions
@@ -36,6 +37,22 @@ _FLAGS = (
     click.option("--hosts-dir", metavar="DIR", type=click.Path(), help="Of hosts.toml files"),
     click.option("-H", "--header", "headers", metavar="K:V", multiple=True, help="Extra header"),
 )
+
+boot_pack_option = click.option(
+    "--boot-pack", metavar="NAME", help="To start from; none for none [the image's own]"
+)
+
+
+def boot_pack_names(name: str | None, preferred: str | None = None) -> tuple[str, ...]:
+    """What the loader takes: names by preference. Raises InvalidArgument."""
+    from imgsnap.blockstore.boot_choice import AUTO, check_name
+
+    if name == "none":
+        return ()
+    if name is not None:
+        return (check_name(name),)
+    return (preferred, AUTO) if preferred else (AUTO,)
+
 
 platform_option = click.option("--platform", metavar="OS/ARCH", help="Of an index [this machine's]")
 
@@ -57,6 +74,26 @@ def reading_flags(function: F) -> F:
     for option in reversed(_READING):
         function = option(function)
     return function
+
+
+def reading(
+    boot_pack: tuple[str, ...],
+    prefetch: str = "off",
+    prefetch_rate: str | None = None,
+    *,
+    image_config: bool = False,
+    exact: bool = False,
+) -> "ReadOptions":
+    """The flags as the library has them. Raises InvalidArgument."""
+    from imgsnap.blockstore.store import ReadOptions
+
+    return ReadOptions(
+        prefetch=prefetch,
+        prefetch_rate=_rate(prefetch_rate),
+        boot_pack=boot_pack,
+        image_config=image_config,
+        exact=exact,
+    )
 
 
 def registry_flags(function: F) -> F:
@@ -114,6 +151,22 @@ class Places:
         stack.enter_context(closing(repository))
         return cast("WritableRepository", repository), tag
 
+    def updater(self, stack: ExitStack, text: str) -> "tuple[WritableRepository, str]":
+        """As `reader`, for a place to which something is added beside what the reference names.
+
+        Raises InvalidReference for an archive.
+        """
+        from imgsnap.oci import reference
+
+        location = reference.parse_location(text)
+        if isinstance(location, reference.OciArchiveLocation | reference.DockerArchiveLocation):
+            raise InvalidReference(
+                f"{text!r} cannot be written to", hint="use a registry, store:NAME or oci:DIR"
+            )
+        repository, named = self._open(location, create=False)
+        stack.enter_context(closing(repository))
+        return cast("WritableRepository", repository), named
+
     def _open(self, location: "Location", *, create: bool) -> "tuple[Repository, str]":
         from imgsnap.oci.locate import open_repository
 
@@ -155,10 +208,10 @@ class Places:
         target: Path,
         platform: str | None,
         read_write: bool,
-        prefetch: str = "pack",
-        prefetch_rate: str | None = None,
+        read: "ReadOptions | None" = None,
     ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
-        """For `mount_snapshot`: the repository is opened in the block server's process."""
+        """For `mount`: the repository is opened in the block server's process."""
+        from imgsnap.blockstore.boot_choice import AUTO
         from imgsnap.blockstore.store import ReadOptions
         from imgsnap.node.source import Source
         from imgsnap.node.targets import MountOptions
@@ -173,8 +226,8 @@ class Places:
             cache_dir=self._settings.cache,
             platform=_platform(platform),
             read_write=read_write,
-            read=ReadOptions(prefetch=prefetch, prefetch_rate=_rate(prefetch_rate)),
-            cache_quota=_quota(self._settings),
+            read=read or ReadOptions(boot_pack=(AUTO,)),
+            cache_quota=quota(self._settings),
         )
         source = Source(
             _lasting(location),
@@ -221,10 +274,11 @@ def node_cache(settings: Settings) -> "NodeCache":
     """The node's cache, with the quota that was given. Raises InvalidArgument."""
     from imgsnap.blockstore.node_cache import NodeCache
 
-    return NodeCache(settings.cache, quota=_quota(settings))
+    return NodeCache(settings.cache, quota=quota(settings))
 
 
-def _quota(settings: Settings) -> int | None:
+def quota(settings: Settings) -> int | None:
+    """The cache's quota that was given, in bytes. Raises InvalidArgument."""
     if settings.cache_quota is None:
         return None
     from imgsnap.blockstore.cache_quota import parse_quota

@@ -88,6 +88,7 @@ def _check(entry: Entry, extents: dict[str, Extent], hashed: _Hashed) -> Finding
     verify = {
         "blobs": _named_by_sha256,
         "packs": _named_by_sha256,
+        "boot-packs": _named_by_sha256,
         "chunk-maps": _sealed,
         "metadata": _sealed,
         "direct": _sealed,

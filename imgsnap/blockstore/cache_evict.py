@@ -1,8 +1,9 @@
 """Eviction: making room in the node cache without taking anything from under a reader.
 
 First whole extents and what was made of them for mounts without a server, the least recently used
-first; then packs, metadata, chunk maps, blobs and tags, kind by kind. What a process has leased
-(lease.py) or a pin names (cache_pins.py) stays. Chunks of an open extent are never evicted.
+first; then packs, boot packs, metadata, chunk maps, blobs and tags, kind by kind. What a process
+has leased (lease.py) or a pin names (cache_pins.py) stays. Chunks of an open extent are never
+evicted.
 """
 
 import logging
@@ -22,6 +23,7 @@ _ORDER = {
     "extents": 1,
     "direct": 1,
     "packs": 2,
+    "boot-packs": 2,
     "metadata": 3,
     "chunk-maps": 4,
     "blobs": 5,

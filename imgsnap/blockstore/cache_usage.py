@@ -29,6 +29,7 @@ KINDS = (
     "extents",
     "direct",
     "packs",
+    "boot-packs",
     "metadata",
     "chunk-maps",
     "blobs",

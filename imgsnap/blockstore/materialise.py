@@ -15,6 +15,7 @@ from imgsnap.blockstore.snapshot import Snapshot
 from imgsnap.digest import ChunkId, chunk_id
 from imgsnap.errors import DigestMismatch, FormatError, IntegrityError, ResourceExhausted
 from imgsnap.formats import frame
+from imgsnap.formats.block_tree import TreeHasher
 from imgsnap.formats.chunk_map import PackRef
 from imgsnap.oci import media_types
 from imgsnap.oci.repository import ByteStream, Descriptor
@@ -44,7 +45,7 @@ class Verified:
 def materialise(
     snapshot: Snapshot, path: Path, advance: Callable[[int], None] = lambda size: None
 ) -> Verified:
-    """Writes the device to `path` (sparse), verifying pack and chunk digests.
+    """Writes the device to `path` (sparse), verifying pack and chunk digests and block roots.
 
     Raises DigestMismatch or FormatError naming what is damaged, ResourceExhausted on a full
     disk, and what the repository raises.
@@ -57,6 +58,7 @@ def materialise(
             os.pwrite(fd, os.pread(snapshot.metadata.fileno(), snapshot.metadata_size, 0), 0)
             for pack, frames in wanted.items():
                 _read_pack(snapshot, pack, frames, fd, advance)
+            _check_block_roots(snapshot, fd)
         finally:
             os.close(fd)
     except OSError as error:
@@ -67,6 +69,21 @@ def materialise(
         chunks=sum(map(len, wanted.values())),
         zero_chunks=zero_chunks,
     )
+
+
+def _check_block_roots(snapshot: Snapshot, fd: int) -> None:
+    """Chunk ids and block roots must tell of the same bytes, or boot packs would bring others."""
+    for extent, config in zip(snapshot.chunk_map.extents, snapshot.config.extents, strict=True):
+        tree = TreeHasher()
+        offset = config.base_block * BLOCK_SIZE
+        end = offset + config.blocks * BLOCK_SIZE
+        while offset < end:
+            data = os.pread(fd, min(MIB, end - offset), offset)
+            tree.update(data)
+            offset += len(data)
+        if tree.root != extent.block_root:
+            what = f"block root of extent {extent.diff_id}"
+            raise DigestMismatch(what, extent.block_root.hex(), tree.root.hex())
 
 
 def _plan(snapshot: Snapshot) -> tuple[dict[PackRef, list[_Wanted]], int]:

@@ -6,6 +6,7 @@
       blobs/<hex>                     manifests and configs as the repository sent them, by sha256
       chunk-maps/<hex>                decompressed chunk maps, by sha256 of the blob; with FOOTER
       metadata/<hex>                  metadata regions, by sha256 of the region; with FOOTER
+      boot-packs/<hex>                whole boot packs, by sha256 (boot_stream.py)
       packs/<hex>                     whole packs, only from servers without range requests
       tags/<hex>                      what a tag or image named last, for when the registry is
                                       away; with FOOTER
@@ -62,6 +63,7 @@ QUARANTINE_MAX = 64 * MIB
 
 _DIRECTORIES = (
     "blobs",
+    "boot-packs",
     "chunk-maps",
     "metadata",
     "packs",
@@ -224,6 +226,9 @@ class NodeCache:
     def pack_path(self, digest: Digest) -> Path:
         return self.root / "packs" / digest_hex(digest)
 
+    def boot_pack_path(self, digest: Digest) -> Path:
+        return self.root / "boot-packs" / digest_hex(digest)
+
     def extent_directory(self, extent_id: str) -> Path:
         return self.root / "extents" / extent_id
 
@@ -235,6 +240,19 @@ class NodeCache:
             self._serial += 1
             serial = self._serial
         return self.root / "tmp" / f"{os.getpid()}.{threading.get_native_id()}.{serial}"
+
+    def anonymous_file(self) -> int:
+        """The descriptor of a new file on the cache's disk that has no name.
+
+        Raises ResourceExhausted or AccessDenied.
+        """
+        path = self.temporary_path()
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            path.unlink()
+        except OSError as error:
+            raise cache_error(error, f"cannot make {path}") from error
+        return file
 
     @contextmanager
     def new_file(self, path: Path) -> Iterator[BinaryIO]:

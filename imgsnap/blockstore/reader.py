@@ -6,7 +6,7 @@ import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from imgsnap.blockstore.completion import Completion, Prefetch
 from imgsnap.blockstore.extent_cache import ExtentPool
@@ -14,10 +14,16 @@ from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
 from imgsnap.blockstore.readahead import WINDOW_MAX, Readahead
 from imgsnap.blockstore.snapshot import Snapshot
-from imgsnap.blockstore.stalls import StallLog, Waiting
+from imgsnap.blockstore.stalls import PACK_SOURCE, StallLog, Waiting
 from imgsnap.blockstore.statistics import Statistics
 from imgsnap.errors import ImgsnapError, IntegrityError, InvalidArgument, Unavailable
 from imgsnap.units import BLOCK_SIZE
+
+if TYPE_CHECKING:
+    from imgsnap.blockstore.boot_buffer import BootBuffer
+    from imgsnap.blockstore.touches import TouchLog
+    from imgsnap.formats.boot_pack import BootTable
+    from imgsnap.formats.trace import Trace
 
 READ_ATTEMPTS = 3
 """A chunk that is lost from the cache between its fetch and its use is fetched again this often."""
@@ -74,10 +80,17 @@ class BlockReader:
         deadline_s: float = DEFAULT_DEADLINE_S,
         prefetch: Prefetch = Prefetch.OFF,
         prefetch_rate: int = 0,
+        boot: "BootBuffer | None" = None,
+        touches: "TouchLog | None" = None,
     ) -> None:
+        """`boot` holds blocks of a boot pack; `touches` is told what is read."""
         self.size = snapshot.size
         self.statistics = Statistics()
         self.stalls = StallLog()
+        if boot is not None:
+            self.statistics.pack = boot.counts
+        self._boot = boot
+        self._touches = touches
         self._snapshot = snapshot
         self._metadata = snapshot.metadata.fileno()
         self._pool = pool
@@ -112,6 +125,8 @@ class BlockReader:
         """Fills `view` if all its bytes are local and verified; else changes it or not, and says
         False. The range must lie inside the device. Never waits for the network."""
         length = len(view)
+        if self._touches is not None:
+            self._touches.note(offset, length)
         if self._readahead is not None and not self._complete:
             self._read_ahead(offset, length)
         part = self._parts[bisect_right(self._bases, offset) - 1]
@@ -133,7 +148,10 @@ class BlockReader:
         """Brings a range in and calls `done` once, from this thread or a fetcher's."""
         self.statistics.misses += 1
         waiting = self.stalls.begin(offset, length, done)
-        self._fetch(offset, length, waiting, READ_ATTEMPTS)
+        if self._boot is not None and self._boot.pending:
+            self._boot.wait(0, lambda: self._fetch(offset, length, waiting, READ_ATTEMPTS))
+        else:
+            self._fetch(offset, length, waiting, READ_ATTEMPTS)
         self._completion.waited()
 
     def read(self, offset: int, length: int) -> bytes:
@@ -202,9 +220,28 @@ class BlockReader:
 
     def _copy(self, source: ChunkSource | None, offset: int, view: memoryview) -> bool:
         """Fills `view` from one part if its bytes are here; `offset` is relative to the part."""
-        if source is not None:
-            return source.cache.read_into(view, offset)
-        self._copy_metadata(view, offset)
+        if source is None:
+            self._copy_metadata(view, offset)
+            return True
+        if source.cache.read_into(view, offset):
+            return True
+        return self._boot is not None and self._copy_boot(self._boot, source, offset, view)
+
+    def _copy_boot(
+        self, boot: "BootBuffer", source: ChunkSource, offset: int, view: memoryview
+    ) -> bool:
+        """As `_copy`, where the boot pack has what the cache lacks, chunk by chunk."""
+        cache = source.cache
+        if boot.read_into(cache.id, offset, view):
+            return True
+        rows = cache.rows(offset, offset + len(view))
+        if len(rows) == 1:
+            return False
+        for row in rows:
+            low, high = _overlap(cache.place(row), offset, len(view))
+            part = view[low - offset : high - offset]
+            if not cache.read_into(part, low) and not boot.read_into(cache.id, low, part):
+                return False
         return True
 
     def _copy_metadata(self, view: memoryview, offset: int) -> None:
@@ -216,13 +253,14 @@ class BlockReader:
             done += count
 
     def _fetch(self, offset: int, length: int, done: Waiting, attempts: int) -> None:
-        wanted = [
-            (span.source, row)
-            for span in self._spans(offset, length)
-            if span.source is not None
-            for row in span.source.cache.missing(span.rows)
-        ]
+        wanted, until = self._missing(offset, length)
         done.wants((source.cache.id, row) for source, row in wanted)
+
+        def fetched(batch: Batch) -> None:
+            if self._boot is None or batch.error is not None:
+                arrived(batch)
+            else:
+                self._boot.wait(until, lambda: arrived(batch))
 
         def arrived(batch: Batch) -> None:
             done.served(batch.hosts)
@@ -240,9 +278,66 @@ class BlockReader:
             if buffer is None:
                 done(None, IntegrityError("the cache keeps losing the chunks of this read"))
             else:
+                if until:
+                    done.served((PACK_SOURCE,))
                 done(buffer, None)
 
-        self._fetcher.fetch(wanted, arrived, deadline_s=self._deadline_s)
+        self._fetcher.fetch(wanted, fetched, deadline_s=self._deadline_s)
+
+    def _missing(self, offset: int, length: int) -> tuple[list[tuple[ChunkSource, int]], int]:
+        """The chunks to fetch for a read, and how much of the boot pack must arrive for the rest.
+
+        A chunk of which the read wants only blocks that the pack brings is not fetched.
+        """
+        wanted: list[tuple[ChunkSource, int]] = []
+        until = 0
+        for span in self._spans(offset, length):
+            if span.source is None:
+                continue
+            for row in span.source.cache.missing(span.rows):
+                expected = self._expected(span, row)
+                if expected is None:
+                    wanted.append((span.source, row))
+                else:
+                    until = max(until, expected)
+        return wanted, until
+
+    def _expected(self, span: _Span, row: int) -> int | None:
+        """`BootBuffer.until` for the part of a chunk that a span covers."""
+        if self._boot is None or span.source is None:
+            return None
+        cache = span.source.cache
+        low, high = _overlap(cache.place(row), span.offset, span.length)
+        return self._boot.until(cache.id, low, high - low)
+
+    def has_local(self, table: "BootTable") -> bool:
+        """Whether the extent caches have all blocks of a boot pack, as far as is known."""
+        caches = {p.source.cache.id: p.source.cache for p in self._parts if p.source is not None}
+        return not any(
+            cache.absent(cache.rows(run.first * BLOCK_SIZE, (run.first + run.blocks) * BLOCK_SIZE))
+            for frame in table.frames
+            for run in frame.runs
+            if (cache := caches.get(table.extents[run.extent].id)) is not None
+        )
+
+    def trace(self) -> "Trace":
+        """The first reads of the extents' blocks so far, in order; empty unless they are noted.
+
+        Exact only when the kernel did not read ahead (`imgsnap trace`); else more than what was
+        used. Safe at any time, from any thread.
+        """
+        from imgsnap.formats.trace import Touch, Trace
+
+        numbers: dict[str, int] = {}
+        touches: list[Touch] = []
+        for first, count in self._touches.runs() if self._touches is not None else ():
+            for span in self._spans(first * BLOCK_SIZE, count * BLOCK_SIZE):
+                if span.source is not None:
+                    extent = numbers.setdefault(span.source.cache.id, len(numbers))
+                    block, size = span.offset // BLOCK_SIZE, span.length // BLOCK_SIZE
+                    touches.append(Touch(extent, block, size))
+        complete = self._touches is None or not self._touches.full
+        return Trace(tuple(numbers), tuple(touches), complete)
 
     def _assemble(self, batch: Batch, offset: int, length: int) -> memoryview | None:
         """The bytes of a read whose chunks have arrived; None if one is missing all the same."""
@@ -280,6 +375,8 @@ class BlockReader:
         # The metadata is here already; what follows it on the device is no continuation of it.
         if self._readahead is None or offset + length <= self._snapshot.metadata_size:
             return
+        if self._boot is not None and self._boots(offset, length):
+            return
         ahead = self._readahead.after(offset, length)
         if ahead is None:
             return
@@ -290,9 +387,21 @@ class BlockReader:
             # A cache that cannot store would fetch these again when they are read.
             if span.source is not None and span.source.cache.storing
             for row in span.source.cache.absent(span.rows)
+            if self._expected(span, row) is None
         ]
         if wanted:
             self._fetcher.hint(wanted, Priority.READAHEAD)
+
+    def _boots(self, offset: int, length: int) -> bool:
+        """Whether a read is, or may turn out to be, one that the boot pack answers: what follows
+        it on the device was not read by the start that the pack was made of."""
+        if self._boot is None or self._boot.pending:
+            return self._boot is not None
+        return all(
+            span.source is None
+            or self._boot.until(span.source.cache.id, span.offset, span.length) is not None
+            for span in self._spans(offset, length)
+        )
 
     def _batches(self) -> Iterator[tuple[ChunkSource, range]]:
         for part in self._parts:
@@ -321,6 +430,12 @@ class BlockReader:
                 raise batches[0].error
 
         return wait
+
+
+def _overlap(place: tuple[int, int], offset: int, length: int) -> tuple[int, int]:
+    """Where a chunk (offset, size) and a range of its extent meet."""
+    start, size = place
+    return max(start, offset), min(start + size, offset + length)
 
 
 def _finish(

@@ -1,7 +1,7 @@
 """Opening a snapshot: manifest, config, metadata and chunk map, verified against each other."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -20,6 +20,7 @@ from imgsnap.units import BLOCK_SIZE, GIB, MIB
 
 METADATA_BLOB_SIZE_MAX = GIB + (GIB >> 8)
 """METADATA_BLOCKS_MAX of the config, and what zstd adds to bytes it cannot compress."""
+IMAGE_CONFIG_SIZE_MAX = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,22 @@ def open_snapshot(
     cache: NodeCache,
     *,
     platform: Platform | None = None,
+    image_config: bool = False,
+    meanwhile: Callable[[Digest], None] = lambda digest: None,
 ) -> Snapshot:
     """Opens the snapshot that a tag or digest names, in at most two sequential round trips.
 
-    (An index or an ordinary image costs more: it names the snapshot indirectly.) Raises
+    (An index or an ordinary image costs more: it names the snapshot indirectly.) With
+    `image_config` the cache has the source image's config afterwards, in the same round trips.
+    `meanwhile` gets the manifest's digest before parts are fetched, and is not called when all are
+    cached. Raises
     IntegrityError when a blob is not what its digest says or the parts contradict each other,
     NotFound, UnsupportedFormat, and what the repository raises.
     """
     resolution = resolve_snapshot(repository, reference, cache, platform)
     manifest = snapshot_manifest(resolution.manifest)
-    config, metadata, chunk_map = _load_parts(repository, manifest, cache)
+    also = [manifest.image_config] if image_config and manifest.image_config is not None else []
+    config, metadata, chunk_map = _load_parts(repository, manifest, cache, also, meanwhile)
     try:
         offered = Platform(config.os, config.architecture, config.variant)
         if platform is not None and not matches(offered, platform):
@@ -72,9 +79,6 @@ def open_snapshot(
         metadata.close()
         raise
     return Snapshot(repository, reference, manifest, config, chunk_map, metadata, resolution.stale)
-
-
-IMAGE_CONFIG_SIZE_MAX = 8 * MIB
 
 
 def read_image_config(snapshot: Snapshot, cache: NodeCache) -> bytes:
@@ -93,9 +97,14 @@ def read_image_config(snapshot: Snapshot, cache: NodeCache) -> bytes:
 
 
 def _load_parts(
-    repository: Repository, manifest: SnapshotManifest, cache: NodeCache
+    repository: Repository,
+    manifest: SnapshotManifest,
+    cache: NodeCache,
+    also: Sequence[Descriptor],
+    meanwhile: Callable[[Digest], None],
 ) -> tuple[SnapshotConfig, BinaryIO, ChunkMap]:
-    """The three blobs from the cache, and those that are missing in parallel."""
+    """The three blobs from the cache, and those that are missing in parallel; small blobs that are
+    only to be cached go with them."""
     raw_config = cache.load_blob(manifest.config.digest)
     raw_map = cache.load_chunk_map(manifest.chunk_map.digest)
     metadata = _cached_metadata(raw_config, cache)
@@ -106,8 +115,16 @@ def _load_parts(
         missing["map"] = _getter(repository, manifest.chunk_map, CHUNK_MAP_SIZE_MAX)
     if metadata is None:
         missing["metadata"] = _getter(repository, manifest.metadata, METADATA_BLOB_SIZE_MAX)
+    for descriptor in also:
+        if cache.load_blob(descriptor.digest) is None:
+            missing[descriptor.digest] = _getter(repository, descriptor, IMAGE_CONFIG_SIZE_MAX)
+    if missing:
+        meanwhile(manifest.digest)
     try:
         got = _in_parallel(missing)
+        for descriptor in also:
+            if descriptor.digest in got:
+                cache.store_blob(descriptor.digest, got[descriptor.digest])
         if raw_config is None:
             raw_config = got["config"]
             cache.store_blob(manifest.config.digest, raw_config)

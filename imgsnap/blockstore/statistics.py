@@ -18,6 +18,23 @@ class FetchCounts:
 
 
 @dataclass(slots=True)
+class PackCounts:
+    """What a boot pack brought."""
+
+    requests: int = 0
+    bytes: int = 0  # as sent by the repository
+    blocks: int = 0  # that arrived and were verified
+    used: int = 0  # of them, read at least once
+    served: int = 0  # blocks in answers to reads
+    waits: int = 0  # reads that waited for the pack
+    stalls: int = 0  # times that waiting readers were let go because nothing arrived
+    failures: int = 0  # packs that were given up
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
 class CacheCounts:
     """What a process saw of the extent cache, which all its snapshots share."""
 
@@ -34,6 +51,7 @@ class Statistics:
     demand: FetchCounts = field(default_factory=FetchCounts)
     readahead: FetchCounts = field(default_factory=FetchCounts)
     prefetch: FetchCounts = field(default_factory=FetchCounts)
+    pack: PackCounts = field(default_factory=PackCounts)
     hits: int = 0  # reads answered from verified local bytes
     misses: int = 0  # reads that waited for at least one chunk
     source_damage: int = 0  # frames from the repository that failed verification

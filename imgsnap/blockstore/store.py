@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from imgsnap.blockstore.completion import Prefetch
 from imgsnap.blockstore.extent_cache import ExtentPool
@@ -13,6 +13,9 @@ from imgsnap.blockstore.reader import BlockReader
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
 from imgsnap.oci.repository import Platform, Repository
 
+if TYPE_CHECKING:
+    from imgsnap.blockstore.boot_stream import BootLoader
+
 
 @dataclass(frozen=True, slots=True)
 class ReadOptions:
@@ -22,16 +25,30 @@ class ReadOptions:
     deadline_s: float = DEFAULT_DEADLINE_S  # of one read
     prefetch: str = Prefetch.PACK  # what is fetched unasked; see Prefetch
     prefetch_rate: int = 0  # bytes of packs per second in the background; 0: no limit
+    boot_pack: tuple[str, ...] = ()  # names by preference, `boot_choice.AUTO` for any; () for none
+    trace: bool = False  # note which blocks are read
+    exact: bool = False  # the kernel is to ask for what is read and no more, for a trace
+    image_config: bool = False  # have the source image's config cached afterwards
+
+
+def read_options(value: dict[str, Any]) -> ReadOptions:
+    """From what `asdict` made of them and JSON of that. Raises TypeError."""
+    return ReadOptions(**{**value, "boot_pack": tuple(value.get("boot_pack", ()))})
 
 
 class Device:
     """An opened snapshot and the reader of its bytes; close it when nobody reads any more."""
 
-    def __init__(self, snapshot: Snapshot, reader: BlockReader) -> None:
+    def __init__(
+        self, snapshot: Snapshot, reader: BlockReader, boot: "BootLoader | None" = None
+    ) -> None:
         self.snapshot = snapshot
         self.reader = reader
+        self.boot = boot
 
     def close(self) -> None:
+        if self.boot is not None:
+            self.boot.close()
         self.reader.close()
         self.snapshot.close()
 
@@ -52,16 +69,44 @@ class BlockStore:
         platform: Platform | None = None,
         options: ReadOptions | None = None,
     ) -> Device:
-        """Opens the snapshot that a tag or digest names. Raises what `open_snapshot` raises."""
-        snapshot = open_snapshot(repository, reference, self.cache, platform=platform)
+        """Opens the snapshot that a tag or digest names. Raises what `open_snapshot` raises.
+
+        Its boot pack is looked for while the snapshot's parts are fetched, and not at all when
+        everything is local.
+        """
+        options = options or ReadOptions()
+        boot = _boot_loader(repository, self.cache, options)
+        snapshot: Snapshot | None = None
         try:
-            return Device(snapshot, self.reader(snapshot, options or ReadOptions()))
+            snapshot = open_snapshot(
+                repository,
+                reference,
+                self.cache,
+                platform=platform,
+                image_config=options.image_config,
+                meanwhile=boot.start if boot is not None else lambda digest: None,
+            )
+            reader = self.reader(snapshot, options, boot)
+            if boot is not None:
+                boot.attach(snapshot.chunk_map, reader.has_local)
+                if not reader.local:
+                    boot.start(snapshot.manifest.digest, ask=False)
+                elif not boot.started:
+                    boot.buffer.end()
+            return Device(snapshot, reader, boot)
         except BaseException:
-            snapshot.close()
+            if boot is not None:
+                boot.close()
+            if snapshot is not None:
+                snapshot.close()
             raise
 
-    def reader(self, snapshot: Snapshot, options: ReadOptions) -> BlockReader:
+    def reader(
+        self, snapshot: Snapshot, options: ReadOptions, boot: "BootLoader | None" = None
+    ) -> BlockReader:
         """Reads of a snapshot that the caller has opened, and closes after the reader."""
+        from imgsnap.blockstore.touches import TouchLog
+
         return BlockReader(
             snapshot,
             self.pool,
@@ -70,6 +115,8 @@ class BlockStore:
             deadline_s=options.deadline_s,
             prefetch=Prefetch(options.prefetch),
             prefetch_rate=options.prefetch_rate,
+            boot=boot.buffer if boot is not None else None,
+            touches=TouchLog() if options.trace else None,
         )
 
     def close(self) -> None:
@@ -86,3 +133,13 @@ class BlockStore:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _boot_loader(
+    repository: Repository, cache: NodeCache, options: ReadOptions
+) -> "BootLoader | None":
+    if not options.boot_pack:
+        return None
+    from imgsnap.blockstore.boot_stream import BootLoader
+
+    return BootLoader(repository, cache, options.boot_pack)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from imgsnap.blockstore.chunk_index import ChunkIndex
 from imgsnap.convert.artifact import RECORD, read_chunk_map
 from imgsnap.digest import ChunkId
-from imgsnap.errors import IntegrityError, NotFound
+from imgsnap.errors import IntegrityError, NotFound, UnsupportedFormat
 from imgsnap.formats.chunk_map import ChunkMap, ChunkPlace, PackRef
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import parse_manifest
@@ -27,8 +27,8 @@ def sync_chunk_index(repository: Repository, index: ChunkIndex) -> int:
     """Takes every layer artefact of the repository that the index has not seen into it.
 
     Returns how many were new. One request lists the tags, whatever their number; artefacts seen
-    before cost nothing. One that is damaged or half deleted is left out: its chunks are then
-    stored again.
+    before cost nothing. One that is damaged, half deleted or of another format version is left
+    out: its chunks are then stored again.
     """
     new = {
         name: tag
@@ -51,7 +51,7 @@ def _read(repository: Repository, tag: str) -> ChunkMap | None:
         if manifest.artifact_type != media_types.ARTIFACT_LAYER:
             return None
         return read_chunk_map(repository, manifest)
-    except (NotFound, IntegrityError) as error:
+    except (NotFound, IntegrityError, UnsupportedFormat) as error:
         log.warning("leaving out layer artefact tag=%s: %s", tag, error)
         return None
 

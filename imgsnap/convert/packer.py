@@ -23,6 +23,7 @@ from imgsnap.convert import chunker, content
 from imgsnap.convert.layer import BuiltLayer
 from imgsnap.digest import ChunkId, Digest, chunk_id
 from imgsnap.errors import ResourceExhausted
+from imgsnap.formats.block_tree import TreeHasher
 from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, ChunkPlace, Extent, PackRef
 from imgsnap.formats.chunk_map_codec import PACKS_MAX
 from imgsnap.units import BLOCK_SIZE, MIB
@@ -135,6 +136,7 @@ class _Session:
     """Rows and packs of the layer at hand."""
 
     rows: list[_Row] = field(default_factory=list)
+    tree: TreeHasher = field(default_factory=TreeHasher)
     own: dict[ChunkId, _Row] = field(default_factory=dict)
     pending: deque[_Pending] = field(default_factory=deque)
     packs: list[Pack] = field(default_factory=list)
@@ -188,6 +190,7 @@ class Packer:
     def _take(self, session: _Session, chunk: ChunkId, data: bytes) -> None:
         row = _Row(chunk, len(data) // BLOCK_SIZE)
         session.rows.append(row)
+        session.tree.update(data)
         if chunk == _zero_id(row.blocks) or chunk in session.own:
             return
         row.place = self._known.find(chunk)
@@ -235,7 +238,9 @@ class Packer:
                 f"a layer's chunks lie in {len(numbers)} packs, over {PACKS_MAX}"
             )
         ids = b"".join(row.chunk for row in session.rows)
-        extent = Extent(layer.index.diff_id, layer.index.extent_blocks, ids, *columns)
+        extent = Extent(
+            layer.index.diff_id, layer.index.extent_blocks, session.tree.root, ids, *columns
+        )
         return PackedLayer(
             ChunkMap(tuple(numbers), (extent,)),
             tuple(session.packs),

@@ -1,7 +1,7 @@
 """The chunk map: the chunks of one or more extents and where their frames are stored.
 
-The pure part (chunk ids and block counts) identifies an extent: `Extent.id`. The placement part
-(pack, offset, length) belongs to one repository.
+The pure part (chunk ids, block counts, block root) identifies an extent: `Extent.id`. The placement
+part (pack, offset, length) belongs to one repository.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Extent:
 
     diff_id: Digest
     total_blocks: int
+    block_root: bytes  # of the extent's block tree, 32 bytes
     ids: bytes
     blocks: array[int]  # 'H'
     pack: array[int]  # 'H'
@@ -56,13 +57,14 @@ class Extent:
 
     @property
     def id(self) -> str:
-        """Hex BLAKE3-256 over the pure columns: equal ids mean equal bytes."""
+        """Hex BLAKE3-256 over the pure columns and the block root: equal ids mean equal bytes."""
         from blake3 import blake3
 
-        hasher = blake3(b"imgsnap extent 1\0")
+        hasher = blake3(b"imgsnap extent 2\0")
         hasher.update(len(self.blocks).to_bytes(4, "little"))
         hasher.update(self.ids)
         hasher.update(self.blocks.tobytes())
+        hasher.update(self.block_root)
         return str(hasher.hexdigest())
 
 

@@ -17,7 +17,7 @@ from imgsnap.units import BLOCK_SIZE
 
 RECORD = "chunk map"
 MAGIC = b"IMGSNPCM"
-VERSION = 1
+VERSION = 2
 HASH_BLAKE3 = 1
 
 EXTENTS_MAX = 1024
@@ -91,9 +91,10 @@ class Header:
 
 assert Header.STRUCT.size == Header.SIZE
 
-_EXTENT = struct.Struct("<32sII8x")
-"""0 32 diff_id · 32 4 u32 total_blocks · 36 4 u32 chunk_count · 40 8 reserved"""
-assert _EXTENT.size == 48
+_EXTENT = struct.Struct("<32sII32s8x")
+"""0 32 diff_id · 32 4 u32 total_blocks · 36 4 u32 chunk_count · 40 32 block_root ·
+72 8 reserved"""
+assert _EXTENT.size == 80
 
 _PACK = struct.Struct("<32sQ")
 """0 32 sha256 · 32 8 u64 size"""
@@ -118,7 +119,10 @@ def encode(chunk_map: ChunkMap) -> bytes:
         VERSION, HASH_BLAKE3, 0, len(extents), len(chunk_map.packs), sum(map(len, extents))
     )
     parts = [header.pack()]
-    parts += [_EXTENT.pack(digest_to_raw(e.diff_id), e.total_blocks, len(e)) for e in extents]
+    parts += [
+        _EXTENT.pack(digest_to_raw(e.diff_id), e.total_blocks, len(e), e.block_root)
+        for e in extents
+    ]
     parts += [_PACK.pack(digest_to_raw(p.digest), p.size) for p in chunk_map.packs]
     parts += [e.ids for e in extents]
     for name, _ in _COLUMNS:
@@ -161,7 +165,7 @@ def _decode_extents(data: bytes, header: Header) -> tuple[Extent, ...]:
         _EXTENT.unpack_from(data, Header.SIZE + number * _EXTENT.size)
         for number in range(header.extent_count)
     ]
-    if sum(count for _, _, count in rows) != header.chunk_count:
+    if sum(count for _, _, count, _ in rows) != header.chunk_count:
         raise FormatError(RECORD, "chunk_count", 32, "is not the sum of the extents' chunks")
     position = Header.SIZE + len(rows) * _EXTENT.size + header.pack_count * _PACK.size
     ids = memoryview(data)[position : position + header.chunk_count * DIGEST_BYTES]
@@ -177,11 +181,11 @@ def _decode_extents(data: bytes, header: Header) -> tuple[Extent, ...]:
         position = end
     extents = []
     first = 0
-    for raw, total_blocks, count in rows:
+    for raw, total_blocks, count, root in rows:
         last = first + count
         cut = {name: column[first:last] for name, column in columns.items()}
         own_ids = bytes(ids[first * DIGEST_BYTES : last * DIGEST_BYTES])
-        extents.append(Extent(digest_from_raw(raw), total_blocks, own_ids, **cut))
+        extents.append(Extent(digest_from_raw(raw), total_blocks, root, own_ids, **cut))
         first = last
     return tuple(extents)
 

@@ -11,7 +11,7 @@ from imgsnap.errors import UnsupportedFormat
 from imgsnap.units import BLOCK_SIZE, KIB, MIB
 
 INDEX_RULE = 1
-EXTENT_RULE = 1
+EXTENT_RULE = 2
 CHUNK_RULE = 1
 CHUNK_SIZE_LIMIT = 4 * MIB
 """No chunk is larger than this, whatever its rules say; readers allocate no more for one."""

@@ -23,6 +23,11 @@ class FileContent(Protocol):
     @property
     def size(self) -> int: ...
 
+    @property
+    def exact(self) -> bool:
+        """Whether the kernel is to ask for what is read and no more: it then neither caches nor
+        reads ahead what it opens."""
+
     def read_into(self, view: memoryview, offset: int) -> bool:
         """Fills `view` if that needs no waiting; False otherwise."""
 

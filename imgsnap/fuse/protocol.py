@@ -79,6 +79,7 @@ WANTED_FLAGS = (
 class OpenFlag(IntFlag):
     """FOPEN_*: what the kernel may do with an open file."""
 
+    DIRECT_IO = 1 << 0
     KEEP_CACHE = 1 << 1
     CACHE_DIR = 1 << 3
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.fuse import protocol
 from imgsnap.fuse.files import Catalog, FileContent, FileTree
-from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, Opcode
+from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, Opcode, OpenFlag
 from imgsnap.fuse.session import FuseSession
 
 DEFAULT_THREADS = 2
@@ -155,9 +155,9 @@ class FuseServer:
                 return protocol.error_reply(unique, errno.ENOENT)
             return protocol.reply(unique, protocol.ATTR_OUT.pack(protocol.VALID_S, 0, 0) + attr)
         if opcode == Opcode.OPEN:
-            return protocol.reply(
-                unique, protocol.OPEN_OUT.pack(0, protocol.OpenFlag.KEEP_CACHE, 0)
-            )
+            content = self._files.file(node)
+            flags = OpenFlag.DIRECT_IO if content and content.exact else OpenFlag.KEEP_CACHE
+            return protocol.reply(unique, protocol.OPEN_OUT.pack(0, flags, 0))
         if opcode == Opcode.OPENDIR:
             return protocol.reply(unique, protocol.OPEN_OUT.pack(0, 0, 0))
         if opcode == Opcode.READDIR:

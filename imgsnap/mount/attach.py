@@ -23,6 +23,8 @@ BUSY_RETRIES = 60
 BUSY_WAIT_S = 0.05
 """The kernel closes the file below an unmounted EROFS a moment after umount returns."""
 
+BDI_ATTEMPTS = 8
+_BDI = Path("/sys/class/bdi")
 _FILE_BACKED_REFUSED = errno.ENOTBLK
 """What a kernel without file-backed mounts says: it wants a block device."""
 _log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ class ErofsMount(NamedTuple):
     """How EROFS got its bytes: from the file itself, or through a loop device."""
 
     loop: str = ""  # the loop device, when the kernel refused the file
+    bdi: str = ""  # name in /sys/class/bdi; "" when it could not be told from others
 
 
 def mount_fuse(directory: Path) -> int:
@@ -61,11 +64,16 @@ def mount_fuse(directory: Path) -> int:
 def tune_readahead(directory: Path, kib: int) -> None:
     """Sets the readahead of the file system mounted at `directory`; a failure only costs speed."""
     device = directory.stat().st_dev
-    path = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    set_readahead(f"{os.major(device)}:{os.minor(device)}", kib)
+
+
+def set_readahead(bdi: str, kib: int) -> None:
+    """As `tune_readahead`, by the name of the bdi. Counts for files that are opened from now on."""
+    path = _BDI / bdi / "read_ahead_kb"
     try:
         path.write_text(str(kib))
     except OSError as error:
-        _log.warning("cannot set the readahead of %s: %s", directory, error)
+        _log.warning("cannot set the readahead in %s: %s", path, error)
 
 
 def mount_erofs_devices(image: Path, target: Path, options: str) -> ErofsMount:
@@ -80,13 +88,15 @@ def mount_erofs_devices(image: Path, target: Path, options: str) -> ErofsMount:
     return ErofsMount()
 
 
-def mount_erofs(image: Path, target: Path) -> ErofsMount:
+def mount_erofs(image: Path, target: Path, *, find_bdi: bool = False) -> ErofsMount:
     """Mounts an EROFS image file, directly where the kernel can (6.12 and newer).
 
     Raises our error for the kernel's refusal.
     """
     flags = MountFlag.RDONLY | MountFlag.NODEV
     try:
+        if find_bdi:
+            return ErofsMount(bdi=_mount_telling_bdi(image, target, flags))
         linux.mount(str(image), target, "erofs", flags)
         return ErofsMount()
     except OSError as error:
@@ -101,13 +111,36 @@ def mount_erofs(image: Path, target: Path) -> ErofsMount:
             f"{refusal.strerror}; and no loop device: {error.strerror or error}",
             hint="EROFS over a file needs Linux 6.12 with CONFIG_EROFS_FS_BACKED_BY_FILE",
         ) from error
+    number = path.stat().st_rdev
     try:
         linux.mount(str(path), target, "erofs", flags)
     except OSError as error:
         raise linux.mount_error(error) from error
     finally:
         os.close(device)
-    return ErofsMount(str(path))
+    return ErofsMount(str(path), f"{os.major(number)}:{os.minor(number)}")
+
+
+def _mount_telling_bdi(image: Path, target: Path, flags: MountFlag) -> str:
+    """Mounts, and tells the name of the new superblock's bdi; "" if others kept mounting too.
+
+    EROFS over a file calls its bdi erofs-<number>, by a counter of the kernel that nothing shows:
+    when exactly one name appears during our mount, it is ours.
+    """
+    for attempt in range(BDI_ATTEMPTS):
+        before = _erofs_bdis()
+        linux.mount(str(image), target, "erofs", flags)
+        new = _erofs_bdis() - before
+        if len(new) == 1:
+            return new.pop()
+        if attempt < BDI_ATTEMPTS - 1:
+            linux.umount(target, UmountFlag.NOFOLLOW)
+            time.sleep(BUSY_WAIT_S * os.urandom(1)[0] / 255)  # not in step with the others
+    return ""
+
+
+def _erofs_bdis() -> set[str]:
+    return {path.name for path in _BDI.glob("erofs-*")}
 
 
 def unmount(target: Path, *, lazy: bool = False, retry: bool = False) -> None:

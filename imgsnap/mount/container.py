@@ -21,6 +21,8 @@ from imgsnap.oci.image_config import RunConfig
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ACCOUNT_FILE_MAX = 4 << 20
+END_GRACE_S = 10.0
+"""For a command that is told to end; the first process of a container may ignore SIGTERM."""
 
 _CAPABILITIES = (
     "CAP_AUDIT_WRITE",
@@ -234,7 +236,11 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
             continue
         except BaseException:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(END_GRACE_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             raise
 
 

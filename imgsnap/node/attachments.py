@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imgsnap.blockstore.store import ReadOptions
+from imgsnap.blockstore.store import ReadOptions, read_options
 from imgsnap.digest import Digest
 from imgsnap.errors import ImgsnapError
 from imgsnap.node.source import Source
@@ -38,6 +38,7 @@ class Attachment:
     config_digest: Digest
     size: int  # bytes
     local: bool  # every chunk was in the cache when it was attached
+    exact: bool  # the kernel asks for what is read and no more: for a boot pack, or a trace
     options: ReadOptions
     detached: bool = False  # only the kernel's last references keep it
 
@@ -53,7 +54,7 @@ class Attachment:
             if fields.pop("version") != RECORD_VERSION:
                 raise ValueError("another version")
             source = Source.from_json(fields.pop("source"))
-            options = ReadOptions(**fields.pop("options"))
+            options = read_options(fields.pop("options"))
             return cls(source=source, options=options, **fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ImgsnapError(f"an attachment's record is damaged: {error}") from error

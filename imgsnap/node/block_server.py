@@ -10,19 +10,23 @@ import os
 import signal
 import socket
 import threading
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from imgsnap.blockstore.cache_pins import Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.fetcher import DEFAULT_THREADS
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.store import BlockStore, Device, ReadOptions
-from imgsnap.errors import ImgsnapError, NotFound
+from imgsnap.blockstore.snapshot import Snapshot
+from imgsnap.blockstore.store import BlockStore, Device, read_options
+from imgsnap.errors import ImgsnapError, NotFound, Unavailable
 from imgsnap.fuse import protocol
 from imgsnap.fuse.files import directory_node
 from imgsnap.fuse.server import FuseServer
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import linux
+from imgsnap.mount.boot_phase import BootPhase
 from imgsnap.node.attachments import Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
@@ -31,6 +35,8 @@ from imgsnap.node.rpc import Answer, Server
 from imgsnap.node.source import Source
 from imgsnap.oci.platforms import parse_platform
 
+BOOT_ANSWER_S = 2.0
+"""How long an attach waits to learn whether there is a boot pack; mostly it knows by then."""
 HOUSEKEEPING_S = 5.0
 """How often overdue reads are failed; a read waits at most this much over its deadline."""
 _END_S = 1.0
@@ -52,6 +58,7 @@ class ServerSettings:
     cache_dir: Path
     fetch_threads: int = DEFAULT_THREADS
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
+    pin_holder: str = ""  # attached snapshots are pinned in this name; "": not at all
 
 
 class BlockServer:
@@ -77,6 +84,7 @@ class BlockServer:
         self._repositories = Repositories(open_repository)
         self._table = AttachmentTable(settings.places.attachments)
         self._catalog = DeviceCatalog(self._table, self._store, self._repositories)
+        self._starts: list[BootPhase] = []
 
     def run(self, ready: int = -1) -> int:
         """Serves until the superblock is gone (EXIT_ENDED) or a signal ends it.
@@ -114,6 +122,8 @@ class BlockServer:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is None:
                 self._store.fetcher.expire()
+                for start in list(self._starts):
+                    start.check()
                 continue
             _log.info("ending on %s", signal.Signals(info.si_signo).name)
             return info.si_signo == _ENDED
@@ -134,13 +144,16 @@ class BlockServer:
             "list": self._list,
             "status": self._status,
             "take": self._take,
+            "starting": self._starting,
+            "trace": self._trace,
         }
 
     def _attach(self, args: dict[str, Any]) -> dict[str, Any]:
         """Opens a snapshot and serves its device; the attachment's record."""
         source = Source.from_json(args["source"])
         platform = args.get("platform")
-        options = ReadOptions(**args.get("options", {}))
+        # At 0.4 us a read, any device can tell what its start read.
+        options = replace(read_options(args.get("options", {})), trace=True)
         device = self._store.open(
             self._repositories.get(source),
             args["reference"],
@@ -157,11 +170,24 @@ class BlockServer:
             config_digest=snapshot.manifest.config.digest,
             size=snapshot.size,
             local=device.reader.local,
+            exact=options.exact or (device.boot is not None and device.boot.found(BOOT_ANSWER_S)),
             options=options,
         )
+        if self._settings.pin_holder:
+            self._pin(snapshot)
         kept = self._catalog.add(attachment, device)
         _log.info("attached %s", kept.manifest_digest)
         return kept.to_json()
+
+    def _pin(self, snapshot: Snapshot) -> None:
+        """What is attached must open again while the registry is away."""
+        parts, holder = snapshot_parts(snapshot), self._settings.pin_holder
+        try:
+            write_pin(
+                self._store.cache, Pin(snapshot.manifest.digest, holder, parts, boot_id(), {})
+            )
+        except ImgsnapError as error:
+            _log.warning("%s is not pinned: %s", snapshot.manifest.digest, error)
 
     def _detach(self, args: dict[str, Any]) -> None:
         """Takes the device's name away; its bytes are served until the kernel forgets it."""
@@ -169,6 +195,9 @@ class BlockServer:
         if attachment is None:
             raise NotFound(f"{args['id']} is not attached")
         self._table.detach(attachment)
+        if self._settings.pin_holder:
+            with suppress(NotFound):
+                unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
         directory = directory_node(attachment.number)
         for parent, name in ((directory, b"layer.erofs"), (protocol.ROOT_ID, args["id"].encode())):
             try:
@@ -215,6 +244,26 @@ class BlockServer:
             "statistics": device.reader.statistics.as_dict() if device is not None else {},
             "log": device.reader.stalls.as_dict() if device is not None else None,
         }
+
+    def _starting(self, args: dict[str, Any]) -> None:
+        """A tree of an exact device was mounted; `bdi` is its EROFS's, without readahead yet."""
+        device = self._opened(args["id"])
+        if device.boot is not None:
+            self._starts.append(BootPhase(device.boot, args["bdi"]))
+
+    def _trace(self, args: dict[str, Any]) -> str:
+        """The first reads of a device so far, as `formats.trace` has them."""
+        return self._opened(args["id"]).reader.trace().to_json().decode()
+
+    def _opened(self, attachment_id: str) -> Device:
+        """The open device of an attachment. Raises NotFound, Unavailable."""
+        attachment = self._table.by_id(attachment_id)
+        served = self._catalog.content(attachment.number) if attachment is not None else None
+        if served is None:
+            raise NotFound(f"{attachment_id} is not attached")
+        if served.device is None:
+            raise Unavailable(f"{attachment_id} has not been read since its server was replaced")
+        return served.device
 
     def _take(self, args: dict[str, Any]) -> Answer:
         """The FUSE device and the listening socket, for a supervisor whose forerunner died."""

@@ -111,3 +111,30 @@ def daemon_call(run_dir: Path, operation: str, **args: Any) -> Any:
         if find_daemon(run_dir) is not None:
             raise
         raise NotFound("no daemon runs here", hint="start one with `imgsnap daemon run`") from error
+
+
+def attachment_of_mount(target: Path, run_dir: Path) -> tuple[Path, str]:
+    """The socket of the block server behind a mounted directory, and the attachment's id.
+
+    Raises NotFound for a target that is not ours or that no server serves.
+    """
+    run_dir, target = Path(os.path.realpath(run_dir)), Path(os.path.realpath(target))
+    records = MountRecords(run_dir)
+    record = records.get(records.id_of(target))
+    if record is None or record.state != MOUNTED:
+        raise NotFound(
+            f"{target} is not a mounted snapshot", hint="list them with `imgsnap mounts`"
+        )
+    if record.direct:
+        raise NotFound(f"{target} is mounted from local files: nobody serves it")
+    attachment_id = Path(record.device).parent.name
+    if record.by_daemon:
+        return NodePlaces(run_dir).server.block_socket, attachment_id
+    return record.server_dir / "block.sock", attachment_id
+
+
+def trace_of_mount(target: Path, run_dir: Path) -> str:
+    """The trace of a mounted directory's first reads. Raises NotFound, Unavailable."""
+    socket, attachment_id = attachment_of_mount(target, run_dir)
+    text: str = rpc.call_again(socket, "trace", timeout_s=CONNECT_TIMEOUT_S, id=attachment_id)
+    return text

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from imgsnap import __version__
-from imgsnap.blockstore.store import ReadOptions
+from imgsnap.blockstore.store import read_options
 from imgsnap.errors import Busy, InvalidArgument, NotFound, Unavailable
 from imgsnap.mount import attach, linux, teardown
 from imgsnap.mount.linux import MountFlag
@@ -23,6 +23,7 @@ from imgsnap.mount.overlay import WritableLayer, mount_overlay
 from imgsnap.mount.process import ProcessId
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
 from imgsnap.node import rpc
+from imgsnap.node.attached_tree import mount_attached
 from imgsnap.node.attachments import Attachment
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
@@ -135,7 +136,7 @@ class Control:
                 platform=parse_platform(platform) if platform else None,
                 read_write=bool(args.get("read_write")),
                 rw_root=Path(rw_root) if rw_root else None,
-                read=ReadOptions(**args.get("options", {})),
+                read=read_options(args.get("options", {})),
             )
         except (KeyError, TypeError) as error:
             raise InvalidArgument(f"not a request to mount: {error}") from error
@@ -163,7 +164,7 @@ class Control:
                 device = self.places.server.device(attachment.id)
                 if not device.exists():
                     continue  # its last user went between the two
-                self._mount_tree(attachment, device)
+                self._mount_tree(attachment)
             record = replace(
                 record,
                 by_daemon=True,
@@ -176,17 +177,12 @@ class Control:
             return record, attachment
         raise Busy(f"{options.reference} is being detached by others")
 
-    def _mount_tree(self, attachment: Attachment, device: Path) -> None:
+    def _mount_tree(self, attachment: Attachment) -> None:
         tree = self.places.tree(attachment.id)
         tree.mkdir(parents=True, exist_ok=True, mode=0o700)
         if any(point.target == tree for point in linux.mount_points()):
             return
-        # EROFS takes the readahead that the file system has now.
-        attach.tune_readahead(
-            self.places.server.device_dir,
-            attach.READ_AHEAD_LOCAL_KB if attachment.local else attach.READ_AHEAD_LAZY_KB,
-        )
-        attach.mount_erofs(device, tree)
+        mount_attached(self.places.server, attachment, tree)
 
     def _show(self, record: MountRecord, attachment: Attachment) -> None:
         tree, target = self.places.tree(attachment.id), Path(record.target)

@@ -28,7 +28,9 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _log = logging.getLogger(__name__)
 
 
-def run_daemon(run_dir: Path, cache_dir: Path, metrics: str | None = None) -> int:
+def run_daemon(
+    run_dir: Path, cache_dir: Path, cache_quota: int | None, metrics: str | None = None
+) -> int:
     """Answers calls until SIGTERM; mounts and the block server stay. SIGUSR2 makes it the program
     that is installed now. `metrics` is an address and port to serve them on.
 
@@ -42,17 +44,17 @@ def run_daemon(run_dir: Path, cache_dir: Path, metrics: str | None = None) -> in
     places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener, passed = _listener(places)
     if metrics:
-        _serve_metrics(metrics, run_dir, cache_dir)
+        _serve_metrics(metrics, run_dir, cache_dir, cache_quota)
     control = Control(run_dir, cache_dir)
     rpc.Server(listener, control.handlers()).start()
-    ensure_supervisor(places, cache_dir)
+    ensure_supervisor(places, cache_dir, cache_quota)
     systemd.notify(os.environ, "READY=1")
     start_log(places.control_log)
     while True:
         info = signal.sigtimedwait(_STOP, WATCH_S)
         if info is None:
             try:
-                ensure_supervisor(places, cache_dir)
+                ensure_supervisor(places, cache_dir, cache_quota)
             except ImgsnapError as error:
                 _log.error("%s", error)
             continue
@@ -64,10 +66,10 @@ def run_daemon(run_dir: Path, cache_dir: Path, metrics: str | None = None) -> in
         return 0
 
 
-def _serve_metrics(address: str, run_dir: Path, cache_dir: Path) -> None:
+def _serve_metrics(address: str, run_dir: Path, cache_dir: Path, cache_quota: int | None) -> None:
     from imgsnap.node.metrics_http import MetricsServer, Observer
 
-    MetricsServer(address, Observer(run_dir, cache_dir)).start()
+    MetricsServer(address, Observer(run_dir, cache_dir, cache_quota)).start()
 
 
 def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:
@@ -98,18 +100,18 @@ def _become_new(listener: socket.socket, passed: bool) -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environ)  # noqa: S606
 
 
-def ensure_supervisor(places: NodePlaces, cache_dir: Path) -> None:
+def ensure_supervisor(places: NodePlaces, cache_dir: Path, cache_quota: int | None) -> None:
     """Starts a supervisor unless one answers. Raises Unavailable when it does not come up."""
     try:
         rpc.call(places.server.supervisor_socket, "status", timeout_s=SUPERVISOR_TIMEOUT_S)
     except Unavailable:
-        _start_supervisor(places, cache_dir)
+        _start_supervisor(places, cache_dir, cache_quota)
 
 
-def _start_supervisor(places: NodePlaces, cache_dir: Path) -> None:
+def _start_supervisor(places: NodePlaces, cache_dir: Path, cache_quota: int | None) -> None:
     environ = {k: v for k, v in os.environ.items() if k != "NOTIFY_SOCKET"}
     process = subprocess.Popen(
-        command(places.run_dir, cache_dir),
+        command(places.run_dir, cache_dir, cache_quota),
         env=environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

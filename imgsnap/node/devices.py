@@ -49,6 +49,7 @@ class ServedDevice:
     def __init__(self, attachment: Attachment, open_device: Callable[[Attachment], Device]) -> None:
         self.attachment = attachment
         self.size = attachment.size
+        self.exact = attachment.exact
         self.device: Device | None = None
         self._open_device = open_device
         self._lock = threading.Lock()

@@ -260,7 +260,7 @@ def _stalls(
                 length=stall["length"],
                 paths=paths,
                 more_paths=here is not None and here.more,
-                layers=tuple(dict.fromkeys(chunk.layer for chunk in chunks)),
+                layers=_layers(run, cached),
                 chunks=chunks,
                 chunk_count=stall["chunk_count"],
                 sources=tuple(stall["sources"]),
@@ -269,6 +269,18 @@ def _stalls(
             )
         )
     return views
+
+
+def _layers(run: Run, cached: _Cached | None) -> tuple[str, ...]:
+    """The diffIDs of the extents that a run lies in, in device order."""
+    if cached is None:
+        return ()
+    found = (
+        extent.diff_id
+        for extent in cached.config.extents
+        if extent.base_block < run[1] and run[0] < extent.base_block + extent.blocks
+    )
+    return tuple(dict.fromkeys(found))
 
 
 def _run(stall: Mapping[str, Any]) -> Run:

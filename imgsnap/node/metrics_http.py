@@ -52,10 +52,12 @@ def parse_address(text: str) -> tuple[str, int]:
 class Observer:
     """Finds out the state of the node for each scrape. Safe for threads."""
 
-    def __init__(self, run_dir: Path, cache_dir: Path) -> None:
+    def __init__(self, run_dir: Path, cache_dir: Path, cache_quota: int | None) -> None:
+        """`cache_quota` in bytes, in place of the one kept with the cache."""
         self._places = NodePlaces(run_dir)
         self._records = MountRecords(run_dir)
         self._cache_dir = cache_dir
+        self._cache_quota = cache_quota
         self._lock = threading.Lock()
         self._sizes: dict[str, int] | None = None
         self._quota: int | None = None
@@ -112,7 +114,7 @@ class Observer:
         with self._lock:
             if time.monotonic() - self._looked >= CACHE_AGE_S:
                 try:
-                    cache = NodeCache(self._cache_dir)
+                    cache = NodeCache(self._cache_dir, quota=self._cache_quota)
                     self._sizes, self._quota = by_kind(scan(cache)), quota(cache)
                 except (ImgsnapError, OSError) as error:
                     _log.warning("the size of the node cache is not known: %s", error)

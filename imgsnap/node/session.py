@@ -14,11 +14,12 @@ from imgsnap.errors import (
     NotFound,
     Unavailable,
 )
-from imgsnap.mount import attach, teardown
+from imgsnap.mount import teardown
 from imgsnap.mount.process import ProcessId, start_detached
 from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
 from imgsnap.mount.tree import show_tree
 from imgsnap.node import rpc
+from imgsnap.node.attached_tree import mount_attached
 from imgsnap.node.attachments import Attachment
 from imgsnap.node.block_server import ServerSettings
 from imgsnap.node.devices import OpenRepository
@@ -62,7 +63,10 @@ def mount_snapshot(
             device=str(settings.places.device(attachment.id)),
         )
         records.update(record)
-        record = replace(show(record, local=attachment.local), state=MOUNTED)
+        shown = show_tree(
+            record, lambda _, target: mount_attached(settings.places, attachment, target)
+        )
+        record = replace(shown, state=MOUNTED)
         records.update(record)
     except BaseException:
         _undo(records, record, server)
@@ -105,14 +109,6 @@ def _attach(places: ServerPlaces, options: MountOptions, source: Source) -> Atta
         options=asdict(options.read),
     )
     return Attachment.from_json(value)
-
-
-def show(record: MountRecord, *, local: bool) -> MountRecord:
-    """Mounts the record's device on its target: EROFS, and the overlay over it."""
-    attach.tune_readahead(
-        record.device_dir, attach.READ_AHEAD_LOCAL_KB if local else attach.READ_AHEAD_LAZY_KB
-    )
-    return show_tree(record, attach.mount_erofs)
 
 
 def unmount(target: Path, run_dir: Path, *, lazy: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""The node daemon's supervisor, as a process: `python -m imgsnap.node.supervise RUN CACHE`.
+"""The node daemon's supervisor, as a process: `python -m imgsnap.node.supervise RUN CACHE [QUOTA]`.
 
 It starts from what it finds: descriptors kept across its own upgrade, those in systemd's store,
 those of a block server whose supervisor died, or nothing. A service manager or the control
@@ -31,6 +31,7 @@ from imgsnap.node.supervisor import Held, Supervisor, load_session, take_over
 from imgsnap.oci.repository import Repository
 
 STATE_VARIABLE = "IMGSNAP_SUPERVISOR_STATE"
+PIN_HOLDER = "daemon"
 FUSE_NAME, BLOCK_NAME = "imgsnap-fuse", "imgsnap-block"
 _PRELOADED = (
     "blake3",
@@ -49,9 +50,11 @@ _log = logging.getLogger(__name__)
 class NodeSupervisor:
     """A supervisor that can be called, and replaced by a newer version of itself."""
 
-    def __init__(self, places: NodePlaces, cache_dir: Path) -> None:
+    def __init__(self, places: NodePlaces, cache_dir: Path, cache_quota: int | None) -> None:
         self._places = places
-        self._settings = ServerSettings(places.server, cache_dir)
+        self._settings = ServerSettings(
+            places.server, cache_dir, cache_quota=cache_quota, pin_holder=PIN_HOLDER
+        )
         self._socket: socket.socket
         self._held: Held
         self._supervisor: Supervisor
@@ -192,14 +195,16 @@ class NodeSupervisor:
         logging.shutdown()
         os.execve(  # noqa: S606
             sys.executable,
-            command(self._places.run_dir, self._settings.cache_dir),
+            command(self._places.run_dir, self._settings.cache_dir, self._settings.cache_quota),
             {**os.environ, STATE_VARIABLE: json.dumps(state)},
         )
 
 
-def command(run_dir: Path, cache_dir: Path) -> list[str]:
+def command(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> list[str]:
     """The command line of a supervisor."""
-    return [sys.executable, "-m", "imgsnap.node.supervise", str(run_dir), str(cache_dir)]
+    quota = [] if cache_quota is None else [str(cache_quota)]
+    program = [sys.executable, "-m", "imgsnap.node.supervise"]
+    return [*program, str(run_dir), str(cache_dir), *quota]
 
 
 def open_source(source: Source) -> Repository:
@@ -212,14 +217,15 @@ def main(arguments: list[str]) -> int:
         importlib.import_module(name)
     if arguments == ["check"]:
         return 0
-    run_dir, cache_dir = (Path(argument) for argument in arguments)
+    run_dir, cache_dir = map(Path, arguments[:2])
+    cache_quota = int(arguments[2]) if arguments[2:] else None
     places = NodePlaces(run_dir)
     linux.name_process("imgsnap-super")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     os.chdir("/")
     places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     start_log(places.server.log)
-    supervisor = NodeSupervisor(places, cache_dir)
+    supervisor = NodeSupervisor(places, cache_dir, cache_quota)
     try:
         supervisor.start()
     except (ImgsnapError, OSError) as error:

@@ -19,10 +19,12 @@ DOCKER_SCHEMA1 = frozenset(
 
 ARTIFACT_SNAPSHOT = "application/vnd.imgsnap.snapshot.v1+json"
 ARTIFACT_LAYER = "application/vnd.imgsnap.layer.v1+json"
+ARTIFACT_BOOT_PACK = "application/vnd.imgsnap.boot-pack.v1+json"
 CONFIG = "application/vnd.imgsnap.config.v1+json"
 EROFS_METADATA = "application/vnd.imgsnap.erofs-metadata.v1+zstd"
 CHUNK_MAP = "application/vnd.imgsnap.chunk-map.v1+zstd"
 PACK = "application/vnd.imgsnap.pack.v1"
+BOOT_PACK = "application/vnd.imgsnap.boot-pack.v1"
 LAYER_INDEX = "application/vnd.imgsnap.layer-index.v1+zstd"
 
 MANIFESTS = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})

@@ -6,6 +6,7 @@ tag ``sha256-<hex>``, which clients keep up to date themselves.
 """
 
 import logging
+import threading
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
@@ -47,6 +48,7 @@ class ReferrerLists:
 
     def __init__(self, repository: "RegistryRepository") -> None:
         self._repository = repository
+        self._has_api: bool | None = None
 
     def of(self, subject: Digest, artifact_type: str) -> list[Descriptor]:
         """Referrers of a type ("" for all), in the registry's order, without duplicates.
@@ -54,8 +56,7 @@ class ReferrerLists:
         Filters here as well: OCI-Filters-Applied is a courtesy, and some servers that send it
         filter by the config's media type only.
         """
-        listed = self._from_api(subject, artifact_type)
-        entries: Sequence[Descriptor] = self._from_tag(subject) if listed is None else listed
+        entries = self._entries(subject, artifact_type)
         found: dict[Digest, Descriptor] = {}
         for entry in entries:
             typed = entry if entry.artifact_type else self._with_type(entry)
@@ -100,6 +101,33 @@ class ReferrerLists:
         index = parse_index(updated, record=f"index {tag}")
         manifest = RawManifest(describe(updated, index), updated)
         registry_upload.put_manifest(self._repository, manifest, tag)
+
+    def _entries(self, subject: Digest, artifact_type: str) -> Sequence[Descriptor]:
+        """From the API where the registry has it, else from the tag; asks for both at once while
+        that is not known, since a start may be waiting for the answer."""
+        if self._has_api is False:
+            return self._from_tag(subject)
+        if self._has_api:
+            known = self._from_api(subject, artifact_type)
+            return self._from_tag(subject) if known is None else known
+        tagged: list[Sequence[Descriptor] | BaseException] = []
+
+        def ask_tag() -> None:
+            try:
+                tagged.append(self._from_tag(subject))
+            except BaseException as error:
+                tagged.append(error)
+
+        thread = threading.Thread(target=ask_tag, name="referrers", daemon=True)
+        thread.start()
+        listed = self._from_api(subject, artifact_type)
+        self._has_api = listed is not None
+        if listed is not None:
+            return listed
+        thread.join()
+        if isinstance(tagged[0], BaseException):
+            raise tagged[0]
+        return tagged[0]
 
     def _from_api(self, subject: Digest, artifact_type: str) -> list[Descriptor] | None:
         """All pages of the API's answer; None when the registry lacks the API."""

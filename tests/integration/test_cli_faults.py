@@ -142,7 +142,7 @@ def test_newer_formats_are_refused(cli: Cli, tmp_path):
     newer = [
         with_config("config-version", version=2),
         with_config("config-feature", incompat=["encryption"]),
-        with_map("map-version", 8, 2),
+        with_map("map-version", 8, 3),
         with_map("map-feature", 20, 1),
     ]
     for ref in newer:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgsnap.blockstore.boot_stream import BootLoader
 from imgsnap.blockstore.fetcher import Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.reader import BlockReader
@@ -21,6 +22,7 @@ class OpenStore:
     fetcher: Fetcher
     statistics: Statistics
     cache: NodeCache
+    boot: BootLoader | None
 
 
 @contextmanager
@@ -32,16 +34,27 @@ def open_store(
     threads: int = 8,
     readahead_max: int = 0,
     deadline_s: float = 20.0,
+    boot_pack: tuple[str, ...] = (),
+    trace: bool = False,
     prefetch: str = "off",
     prefetch_rate: int = 0,
 ) -> Iterator[OpenStore]:
     """Everything a server has; without readahead unless asked for, to keep request logs exact."""
     store = BlockStore(NodeCache(cache_dir), fetch_threads=threads)
-    options = ReadOptions(readahead_max, deadline_s, prefetch, prefetch_rate)
+    options = ReadOptions(
+        readahead_max,
+        deadline_s,
+        prefetch=prefetch,
+        prefetch_rate=prefetch_rate,
+        boot_pack=boot_pack,
+        trace=trace,
+    )
     device = store.open(repository, reference, options=options)
     reader = device.reader
     try:
-        yield OpenStore(reader, device.snapshot, store.fetcher, reader.statistics, store.cache)
+        yield OpenStore(
+            reader, device.snapshot, store.fetcher, reader.statistics, store.cache, device.boot
+        )
     finally:
         store.close()
         device.close()

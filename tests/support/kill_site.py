@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from imgsnap.mount.process import ProcessId
+from imgsnap.node.session import mount_snapshot, unmount
 from imgsnap.node.source import Source
-from imgsnap.node.targets import MountOptions, mount_snapshot, unmount
+from imgsnap.node.targets import MountOptions
 from tests.support.kills import KillRun
 from tests.support.memory_repository import MemoryRepository
 from tests.support.snapshots import build_snapshot, erofs_image, make_tree

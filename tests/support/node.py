@@ -41,6 +41,7 @@ class Node:
 
     def start(self, env: Mapping[str, str] | None = None) -> None:
         self.control = self.cli.start("daemon", "run", env=env)
+        wait_for(self.status, "the control process")
         wait_for(self.supervisor, "a supervisor")
 
     def status(self) -> dict[str, Any] | None:

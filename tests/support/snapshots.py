@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgsnap.digest import Digest, chunk_id, sha256_digest
+from imgsnap.formats import block_tree
 from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
 from imgsnap.formats.chunk_map_codec import encode
 from imgsnap.formats.frame import compress
@@ -182,8 +183,18 @@ def _extent(
         buffer += frame
         block, turn = block + count, turn + 1
     diff_id = Digest("sha256:" + hashlib.sha256(b"layer" + bytes(ids)).hexdigest())
+    root = block_tree.build(block_tree.leaves(device[first * BLOCK_SIZE : last * BLOCK_SIZE]))[-1][
+        0
+    ]
     return Extent(
-        diff_id, last - first, bytes(ids), columns["b"], columns["p"], columns["o"], columns["l"]
+        diff_id,
+        last - first,
+        root,
+        bytes(ids),
+        columns["b"],
+        columns["p"],
+        columns["o"],
+        columns["l"],
     )
 
 

@@ -22,21 +22,22 @@ def sample() -> ChunkMap:
     extent = Extent(
         digest(0xAA),
         70,
+        b"\x44" * 32,
         ids,
         array("H", [64, 5, 1]),
         array("H", [0, ZERO_PACK, 1]),
         array("I", [0, 0, 7]),
         array("I", [100, 0, 50]),
     )
-    empty = Extent(digest(0xBB), 0, b"", array("H"), array("H"), array("I"), array("I"))
+    empty = Extent(digest(0xBB), 0, bytes(32), b"", array("H"), array("H"), array("I"), array("I"))
     return ChunkMap((PackRef(digest(0xCC), 100), PackRef(digest(0xDD), 57)), (extent, empty))
 
 
 GOLDEN = (
-    "494d47534e50434d" "0100" "01" "00" "00000000" "00000000" "00000000"
+    "494d47534e50434d" "0200" "01" "00" "00000000" "00000000" "00000000"
     "02000000" "02000000" "03000000" + "00" * 28
-    + "aa" * 32 + "46000000" "03000000" + "00" * 8
-    + "bb" * 32 + "00000000" "00000000" + "00" * 8
+    + "aa" * 32 + "46000000" "03000000" + "44" * 32 + "00" * 8
+    + "bb" * 32 + "00000000" "00000000" + "00" * 32 + "00" * 8
     + "cc" * 32 + "6400000000000000"
     + "dd" * 32 + "3900000000000000"
     + "11" * 32 + "22" * 32 + "33" * 32
@@ -67,6 +68,7 @@ def test_the_extent_id_covers_the_pure_columns_only() -> None:
     assert extent.id == replace(extent, offset=array("I", [1, 0, 2])).id
     assert extent.id != replace(extent, blocks=array("H", [63, 6, 1])).id
     assert extent.id != replace(extent, ids=extent.ids[:-1] + b"\0").id
+    assert extent.id != replace(extent, block_root=bytes(32)).id
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_the_extent_id_covers_the_pure_columns_only() -> None:
         (28, b"\0\0\1", "pack_count"),
         (32, b"\0\0\0\x02", "chunk_count"),
         (64 + 32, b"\x47", "cover"),
-        (160 + 32, b"\0" * 8, "size"),
+        (224 + 32, b"\0" * 8, "size"),
     ],
 )
 def test_refused(offset: int, value: bytes, problem: str) -> None:

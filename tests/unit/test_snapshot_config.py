@@ -32,7 +32,7 @@ GOLDEN = (
     '"uuid":"00000000000000000000000000000000"},"extents":[{"baseBlock":2,"blocks":5,'
     '"chainID":"DIGEST","diffID":"DIGEST","extentID":"EXTENT"}],"format":{"compat":[],'
     '"incompat":[],"roCompat":[],"version":1},"platform":{"architecture":"amd64","os":"linux",'
-    '"variant":""},"rules":"index=1,extent=1,chunk=1,target=262144,min=65536,max=524288",'
+    '"variant":""},"rules":"index=1,extent=2,chunk=1,target=262144,min=65536,max=524288",'
     '"source":{"config":"DIGEST","manifest":"DIGEST"}}'
 ).replace("DIGEST", D).replace("EXTENT", "cd" * 32)  # fmt: skip
 

@@ -6,11 +6,13 @@ import logging
 
 import pytest
 
+from imgsnap.blockstore.materialise import materialise
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.snapshot import open_snapshot
 from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
 from imgsnap.digest import sha256_digest
 from imgsnap.errors import (
+    DigestMismatch,
     FormatError,
     ImgsnapError,
     IntegrityError,
@@ -20,6 +22,7 @@ from imgsnap.errors import (
 )
 from imgsnap.oci import media_types
 from imgsnap.oci.repository import Descriptor, Platform, RawManifest
+from tests.support.block_store import open_store
 from tests.support.memory_repository import MemoryRepository
 from tests.support.snapshots import build_snapshot, index_manifest, random_device
 
@@ -187,3 +190,15 @@ def test_hostile_manifests_are_format_errors(raw):
     with pytest.raises(ImgsnapError) as caught:
         snapshot_manifest(RawManifest(descriptor, raw))
     assert isinstance(caught.value, FormatError | LimitExceeded) or caught.value.exit_code == 8
+
+
+def test_a_block_root_that_is_not_that_of_the_chunks(tmp_path) -> None:
+    """`check` finds it; a boot pack would otherwise bring other bytes than the chunks."""
+    good = build_snapshot(random_device(60), extents=1)
+    with open_store(MemoryRepository(good), tmp_path / "a") as store:
+        materialise(store.snapshot, tmp_path / "device")
+        assert (tmp_path / "device").read_bytes() == good.device
+        extent = dataclasses.replace(store.snapshot.chunk_map.extents[0], block_root=bytes(32))
+        forged = dataclasses.replace(store.snapshot.chunk_map, extents=(extent,))
+        with pytest.raises(DigestMismatch, match="block root"):
+            materialise(dataclasses.replace(store.snapshot, chunk_map=forged), tmp_path / "other")

@@ -28,7 +28,8 @@ def attachment(name="ab" * 32, **changes):
         "config_digest": "sha256:" + "cd" * 32,
         "size": 4096,
         "local": False,
-        "options": ReadOptions(readahead_max=0),
+        "exact": True,
+        "options": ReadOptions(readahead_max=0, boot_pack=("a", "b")),
     }
     return Attachment(**(values | changes))
 

@@ -1,0 +1,34 @@
+"""Mounting an attachment's EROFS, with the readahead that suits what has to be fetched."""
+
+from pathlib import Path
+
+from imgsnap.mount import attach
+from imgsnap.mount.attach import ErofsMount
+from imgsnap.node import rpc
+from imgsnap.node.attachments import Attachment
+from imgsnap.node.places import ServerPlaces
+
+_CALL_TIMEOUT_S = 20.0
+
+
+def mount_attached(places: ServerPlaces, attachment: Attachment, target: Path) -> ErofsMount:
+    """Mounts the device on a directory.
+
+    For a start from a boot pack, and to record one, the kernel must ask for what is read and no
+    more: a request that reads ahead of it is none that the pack can answer. The block server lifts
+    this when the start is over.
+    """
+    local = attach.READ_AHEAD_LOCAL_KB if attachment.local else attach.READ_AHEAD_LAZY_KB
+    attach.tune_readahead(places.device_dir, local)  # EROFS takes what is set when it opens
+    device = places.device(attachment.id)
+    mounted = attach.mount_erofs(device, target, find_bdi=attachment.exact)
+    if mounted.bdi:
+        attach.set_readahead(mounted.bdi, 0)
+        rpc.call_again(
+            places.block_socket,
+            "starting",
+            timeout_s=_CALL_TIMEOUT_S,
+            id=attachment.id,
+            bdi=mounted.bdi,
+        )
+    return mounted
