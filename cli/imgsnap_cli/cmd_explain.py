@@ -140,7 +140,9 @@ def _pack_lines(pack: "BootPack") -> list[str]:
             f"{pack.missed_blocks} blocks, in chunks of {pack.missed_bytes} bytes"
         )
     if pack.advised:
-        lines.append("advice     record a start with `imgsnap trace`, then run `imgsnap optimize`")
+        lines.append(
+            "advice     imgsnap trace REF -o start.json; imgsnap optimize REF --trace start.json"
+        )
     return lines
 
 

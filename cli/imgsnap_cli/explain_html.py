@@ -45,11 +45,11 @@ _COLUMNS = (
     ("at ms", "6%", True),
     ("wait ms", "6%", True),
     ("bytes", "7%", True),
-    ("waterfall", "31%", False),
+    ("waterfall", "26%", False),
     ("file", "26%", False),
     ("source", "10%", False),
-    ("layer", "7%", False),
-    ("chunks", "7%", False),
+    ("layer", "9%", False),
+    ("chunks", "10%", False),
 )
 
 

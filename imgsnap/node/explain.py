@@ -22,9 +22,10 @@ from imgsnap.formats.chunk_map import ChunkMap, Extent
 from imgsnap.formats.chunk_map_codec import decode
 from imgsnap.formats.erofs_read import ErofsReader
 from imgsnap.formats.snapshot_config import SnapshotConfig, parse_config
-from imgsnap.mount.records import MountRecord, MountRecords
+from imgsnap.mount.records import MountRecords
 from imgsnap.node import rpc
-from imgsnap.node.places import NodePlaces, ServerPlaces
+from imgsnap.node.client import attachment_of_mount
+from imgsnap.node.places import NodePlaces
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.units import BLOCK_SIZE
 
@@ -133,24 +134,15 @@ def find(run_dir: Path, name: str) -> Place:
     run_dir = Path(os.path.realpath(run_dir))
     records = MountRecords(run_dir)
     record = records.get(records.id_of(Path(os.path.realpath(name))))
+    if record is not None and record.direct:
+        return Place(Path(), "", record.target, direct=record.manifest_digest)
     if record is not None:
-        return _of_record(run_dir, record)
+        socket, attachment = attachment_of_mount(Path(name), run_dir)
+        return Place(socket, attachment, record.target)
     digest = _DIGEST.fullmatch(name)
     if digest is None or Path(name).exists():
         raise NotFound(f"{name} is not a mounted snapshot", hint="list them with `imgsnap mounts`")
     return _of_digest(run_dir, digest[1])
-
-
-def _of_record(run_dir: Path, record: MountRecord) -> Place:
-    if record.direct:
-        return Place(Path(), "", record.target, direct=record.manifest_digest)
-    if not record.device:
-        raise NotFound(f"{record.target} is still being mounted")
-    if record.by_daemon:
-        server = NodePlaces(run_dir).server
-    else:
-        server = ServerPlaces(record.server_dir, record.device_dir, record.log_path)
-    return Place(server.block_socket, Path(record.device).parent.name, record.target)
 
 
 def _of_digest(run_dir: Path, prefix: str) -> Place:

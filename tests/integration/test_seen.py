@@ -233,3 +233,31 @@ def shown(page: Path, profile: Path) -> str:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
     return done.stdout
+
+
+def test_explain_tells_what_a_boot_pack_brought_and_missed(cli: Cli, snapshot, registry, tmp_path):
+    """f01 is in the pack, f09 is not; both are read from a cold cache."""
+    traced = tmp_path / "traced"
+    cli("mount", "--plain-http", snapshot, traced)
+    (traced / "f01").read_bytes()
+    cli("trace", "--mounted", traced, "-o", tmp_path / "trace.json")
+    cli("umount", traced)
+    cli("optimize", "--plain-http", snapshot, "--trace", tmp_path / "trace.json", "--name", "one")
+    shutil.rmtree(cli.cache / "v1")
+    tree = tmp_path / "tree"
+    cli("mount", "--plain-http", "--boot-pack", "one", snapshot, tree)
+    (tree / "f01").read_bytes()
+    (tree / "f09").read_bytes()
+    found = cli("explain", tree, "--format", "json").json
+    text = cli("explain", tree).out
+    cli("umount", tree)
+    by_path = {
+        name: [s for s in found["stalls"] if name in s["paths"]] for name in ("/f01", "/f09")
+    }
+    assert all(stall["sources"] in (["pack"], ["cache"]) for stall in by_path["/f01"])
+    assert [stall for stall in by_path["/f09"] if stall["sources"] == [registry.address]]
+    pack = found["boot_pack"]
+    assert pack["statistics"]["requests"] == 1 and pack["statistics"]["blocks"] >= SIZE // 4096
+    assert pack["covered"] + pack["missed"] == len(found["stalls"])
+    assert pack["missed"] >= len(by_path["/f09"]) and pack["missed_bytes"] >= SIZE
+    assert "boot pack  brought" in text and "a new one  would save" in text

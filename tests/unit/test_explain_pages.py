@@ -1,5 +1,8 @@
 """An explanation as text and HTML: names of images are data there, whatever is in them."""
 
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -169,3 +172,19 @@ def test_what_a_boot_pack_covered_and_a_new_one_would_save():
 def test_union_of_intervals():
     assert union([]) == 0
     assert union([(0, 2), (1, 3), (5, 6), (5, 5.5)]) == 4
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_takes_hostile_names_as_text(tmp_path):
+    stalls = [stall(name, error=name, sources=(name,)) for name in HOSTILE]
+    path = tmp_path / "page.html"
+    path.write_text(page(explanation(*stalls, repository=HOSTILE[0])))
+    command = [
+        *("chromium", "--headless", "--no-sandbox", "--disable-gpu"),
+        *(f"--user-data-dir={tmp_path}/profile", "--dump-dom", path.as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=True)
+    elements = set(re.findall(r"<([a-z0-9]+)", done.stdout))
+    assert elements <= KNOWN
+    assert done.stdout.count("<rect ") == len(HOSTILE)
+    assert not re.search(r"<[^>]* on\w+=", done.stdout)
