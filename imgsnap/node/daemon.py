@@ -44,7 +44,12 @@ def run_daemon(
     places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener, passed = _listener(places)
     if metrics:
-        _serve_metrics(metrics, run_dir, cache_dir, cache_quota)
+        try:
+            _serve_metrics(metrics, run_dir, cache_dir, cache_quota)
+        except ImgsnapError:
+            if not passed:
+                places.control_socket.unlink(missing_ok=True)
+            raise
     control = Control(run_dir, cache_dir)
     rpc.Server(listener, control.handlers()).start()
     ensure_supervisor(places, cache_dir, cache_quota)

@@ -207,6 +207,7 @@ def test_what_is_refused(cli: Cli, tmp_path, address):
         taken.bind((host, int(port)))
         taken.listen()
         cli.fails(10, "daemon", "run", "--metrics", address, hint=False)
+    assert not (cli.run_dir / "control.sock").exists()
     with node_daemon(cli):
         cli.fails(4, "explain", "sha256:" + "0" * 64)
 
