@@ -18,15 +18,19 @@ def command() -> None:
 
 
 @command.command(short_help="Run the daemon in the foreground")
+@click.option(
+    "--metrics", metavar="[ADDRESS:]PORT", help="Serve metrics over HTTP there [IMGSNAP_METRICS]"
+)
 @click.pass_obj
-def run(settings: Settings) -> int:
+def run(settings: Settings, /, metrics: str | None) -> int:
     """Answer commands until SIGTERM. What is mounted stays mounted and is served on.
 
     Takes its socket from systemd when that started it, and says when it is ready (Type=notify).
+    Metrics are at /metrics and a probe at /healthz, on loopback when no ADDRESS is given.
     """
     from imgsnap.node.daemon import run_daemon
 
-    return run_daemon(settings.run, settings.cache, quota(settings))
+    return run_daemon(settings.run, settings.cache, quota(settings), metrics or settings.metrics)
 
 
 @command.command(short_help="Run the supervisor in the foreground (for service managers)")

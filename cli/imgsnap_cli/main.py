@@ -22,6 +22,7 @@ COMMANDS = {
     "daemon": "Run and look after the node daemon",
     "doctor": "Say what this machine can do and what to install",
     "du": "Show what a snapshot takes in its store",
+    "explain": "Show what a mounted snapshot's reads waited for",
     "files": "List the files of a snapshot",
     "gc": "Delete snapshots and layers that no tag leads to",
     "inspect": "Show what a snapshot is made of",

@@ -19,6 +19,7 @@ class Settings:
     run: Path
     hosts: Path  # hosts.toml files: mirrors of registries
     cache_quota: str | None  # as it was given; None: the one kept with the cache
+    metrics: str | None  # where the daemon serves metrics: [ADDRESS:]PORT
     environ: Mapping[str, str]
 
     @classmethod
@@ -39,6 +40,7 @@ class Settings:
             run=Path(run or environ.get("IMGSNAP_RUN_DIR") or runtime).absolute(),
             hosts=Path(environ.get("IMGSNAP_HOSTS_DIR") or CONTAINERD_HOSTS).absolute(),
             cache_quota=cache_quota or environ.get("IMGSNAP_CACHE_QUOTA") or None,
+            metrics=environ.get("IMGSNAP_METRICS") or None,
             environ=dict(environ),
         )
 

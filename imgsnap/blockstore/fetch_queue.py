@@ -63,7 +63,10 @@ ChunkKey = tuple[str, int]
 class Batch:
     """Chunks that one caller waits for; `done` is called once, when all are there or one failed."""
 
-    __slots__ = ("_done", "deadline", "error", "finished", "held", "priority", "remaining")
+    __slots__ = (
+        *("_done", "deadline", "error", "finished", "held", "hosts", "priority"),
+        "remaining",
+    )
 
     def __init__(
         self, done: Callable[["Batch"], None], priority: Priority, deadline_s: float
@@ -71,14 +74,19 @@ class Batch:
         self.priority = priority
         self.remaining = 0
         self.held: dict[ChunkKey, bytes] = {}  # chunks that no disk could keep
+        self.hosts: set[str] = set()  # who sent them; none for what was on this machine
         self.error: BaseException | None = None
         self.deadline = time.monotonic() + deadline_s
         self.finished = False
         self._done = done
 
-    def settle(self, key: ChunkKey, kept: bytes | None, error: BaseException | None) -> bool:
+    def settle(
+        self, key: ChunkKey, kept: bytes | None, error: BaseException | None, host: str = ""
+    ) -> bool:
         """Takes one chunk's outcome; True when the batch has just finished."""
         self.remaining -= 1
+        if host:
+            self.hosts.add(host)
         if kept is not None:
             self.held[key] = kept
         self.error = self.error or error
@@ -101,13 +109,14 @@ class Batch:
 class Task:
     """One chunk that is wanted. In the queue until `running`."""
 
-    __slots__ = ("done", "key", "priority", "row", "running", "source", "waiters")
+    __slots__ = ("done", "host", "key", "priority", "row", "running", "source", "waiters")
 
     def __init__(self, source: ChunkSource, row: int, priority: Priority) -> None:
         self.source = source
         self.row = row
         self.key: ChunkKey = (source.cache.id, row)
         self.priority = priority
+        self.host = ""  # who sent the bytes that settle it
         self.running = False
         self.done = False
         self.waiters: list[Batch] = []

@@ -260,6 +260,7 @@ class Fetcher:
                     continue
                 if not self._wins(flight):
                     return
+                task.host = stream.host
                 self._settle(task, data, None)
         for task in damaged:
             if not self._wins(flight):
@@ -373,6 +374,7 @@ class Fetcher:
             try:
                 with self._open(flight, *span) as stream:
                     frame = self._read(flight, stream, place.length)
+                    task.host = stream.host
             except RangeUnsupported:
                 if not self._download([task], pack, flight.range.priority):
                     return
@@ -410,7 +412,7 @@ class Fetcher:
                 return
         with self._changed:
             waiters = self._queue.finish(task)
-            finished = [batch for batch in waiters if batch.settle(task.key, kept, error)]
+            finished = [b for b in waiters if b.settle(task.key, kept, error, task.host)]
             self._batches.difference_update(finished)
         notify_all(finished)
 

@@ -14,6 +14,7 @@ from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
 from imgsnap.blockstore.readahead import WINDOW_MAX, Readahead
 from imgsnap.blockstore.snapshot import Snapshot
+from imgsnap.blockstore.stalls import PACK_SOURCE, StallLog, Waiting
 from imgsnap.blockstore.statistics import Statistics
 from imgsnap.errors import ImgsnapError, IntegrityError, InvalidArgument, Unavailable
 from imgsnap.units import BLOCK_SIZE
@@ -85,6 +86,7 @@ class BlockReader:
         """`boot` holds blocks of a boot pack; `touches` is told what is read."""
         self.size = snapshot.size
         self.statistics = Statistics()
+        self.stalls = StallLog()
         if boot is not None:
             self.statistics.pack = boot.counts
         self._boot = boot
@@ -145,10 +147,11 @@ class BlockReader:
     def fetch(self, offset: int, length: int, done: FetchDone) -> None:
         """Brings a range in and calls `done` once, from this thread or a fetcher's."""
         self.statistics.misses += 1
+        waiting = self.stalls.begin(offset, length, done)
         if self._boot is not None and self._boot.pending:
-            self._boot.wait(0, lambda: self._fetch(offset, length, done, READ_ATTEMPTS))
+            self._boot.wait(0, lambda: self._fetch(offset, length, waiting, READ_ATTEMPTS))
         else:
-            self._fetch(offset, length, done, READ_ATTEMPTS)
+            self._fetch(offset, length, waiting, READ_ATTEMPTS)
         self._completion.waited()
 
     def read(self, offset: int, length: int) -> bytes:
@@ -249,8 +252,9 @@ class BlockReader:
                 raise IntegrityError("the cached EROFS metadata was cut off while in use")
             done += count
 
-    def _fetch(self, offset: int, length: int, done: FetchDone, attempts: int) -> None:
+    def _fetch(self, offset: int, length: int, done: Waiting, attempts: int) -> None:
         wanted, until = self._missing(offset, length)
+        done.wants((source.cache.id, row) for source, row in wanted)
 
         def fetched(batch: Batch) -> None:
             if self._boot is None or batch.error is not None:
@@ -259,6 +263,7 @@ class BlockReader:
                 self._boot.wait(until, lambda: arrived(batch))
 
         def arrived(batch: Batch) -> None:
+            done.served(batch.hosts)
             if batch.error is not None:
                 done(None, batch.error)
                 return
@@ -273,6 +278,8 @@ class BlockReader:
             if buffer is None:
                 done(None, IntegrityError("the cache keeps losing the chunks of this read"))
             else:
+                if until:
+                    done.served((PACK_SOURCE,))
                 done(buffer, None)
 
         self._fetcher.fetch(wanted, fetched, deadline_s=self._deadline_s)

@@ -30,6 +30,7 @@ from imgsnap.mount.boot_phase import BootPhase
 from imgsnap.node.attachments import Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
+from imgsnap.node.process_usage import process_usage
 from imgsnap.node.rpc import Answer, Server
 from imgsnap.node.source import Source
 from imgsnap.oci.platforms import parse_platform
@@ -139,6 +140,7 @@ class BlockServer:
         return {
             "attach": self._attach,
             "detach": self._detach,
+            "explain": self._explain,
             "list": self._list,
             "status": self._status,
             "take": self._take,
@@ -208,15 +210,39 @@ class BlockServer:
 
     def _status(self, args: dict[str, Any]) -> dict[str, Any]:
         """Counters of what is open in this life of the server."""
-        devices = {}
+        devices, stalls = {}, {}
         for served in self._catalog.opened():
-            if served.device is not None:
-                devices[served.attachment.id] = served.device.reader.statistics.as_dict()
+            device = served.device
+            if device is not None:
+                devices[served.attachment.id] = device.reader.statistics.as_dict()
+                stalls[served.attachment.id] = device.reader.stalls.totals() | {
+                    "repository": served.attachment.repository
+                }
         return {
             "pid": os.getpid(),
             "threads": threading.active_count(),
+            "process": process_usage(os.getpid()),
             "cache": self._store.pool.counts.as_dict(),
             "devices": devices,
+            "stalls": stalls,
+        }
+
+    def _explain(self, args: dict[str, Any]) -> dict[str, Any]:
+        """The stall log of one attachment's device. Nothing of it survives the server, and a
+        device that it has not opened yet has none: then `log` is None."""
+        attachment = self._table.by_id(args["id"])
+        if attachment is None:
+            raise NotFound(f"{args['id']} is not attached")
+        found = self._catalog.find(attachment.number)
+        device = found.device if found is not None else None
+        return {
+            "manifest_digest": attachment.manifest_digest,
+            "repository": attachment.repository,
+            "size": attachment.size,
+            "local": attachment.local,
+            "cache": str(self._settings.cache_dir),
+            "statistics": device.reader.statistics.as_dict() if device is not None else {},
+            "log": device.reader.stalls.as_dict() if device is not None else None,
         }
 
     def _starting(self, args: dict[str, Any]) -> None:

@@ -28,9 +28,14 @@ _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _log = logging.getLogger(__name__)
 
 
-def run_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> int:
+def run_daemon(
+    run_dir: Path, cache_dir: Path, cache_quota: int | None, metrics: str | None = None
+) -> int:
     """Answers calls until SIGTERM; mounts and the block server stay. SIGUSR2 makes it the program
-    that is installed now. Raises AlreadyExists when a daemon runs, AccessDenied, OSError."""
+    that is installed now. `metrics` is an address and port to serve them on.
+
+    Raises AlreadyExists when a daemon runs, AccessDenied, OSError, and what MetricsServer raises.
+    """
     run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     linux.name_process("imgsnap-control")
@@ -38,6 +43,13 @@ def run_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> int:
     MountRecords(run_dir).prepare()
     places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     listener, passed = _listener(places)
+    if metrics:
+        try:
+            _serve_metrics(metrics, run_dir, cache_dir, cache_quota)
+        except ImgsnapError:
+            if not passed:
+                places.control_socket.unlink(missing_ok=True)
+            raise
     control = Control(run_dir, cache_dir)
     rpc.Server(listener, control.handlers()).start()
     ensure_supervisor(places, cache_dir, cache_quota)
@@ -57,6 +69,12 @@ def run_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> int:
         if not passed:
             places.control_socket.unlink(missing_ok=True)
         return 0
+
+
+def _serve_metrics(address: str, run_dir: Path, cache_dir: Path, cache_quota: int | None) -> None:
+    from imgsnap.node.metrics_http import MetricsServer, Observer
+
+    MetricsServer(address, Observer(run_dir, cache_dir, cache_quota)).start()
 
 
 def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:

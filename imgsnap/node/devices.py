@@ -191,6 +191,11 @@ class DeviceCatalog:
         with self._lock:
             return [served for served in self._devices.values() if served.device is not None]
 
+    def find(self, number: int) -> ServedDevice | None:
+        """A device that was asked for in this life of the server, open or not."""
+        with self._lock:
+            return self._devices.get(number)
+
     def close(self) -> None:
         """After the fetcher is closed."""
         with self._lock:

@@ -161,6 +161,7 @@ class NodeSupervisor:
         return {
             "pid": os.getpid(),
             "server": server.pid if server else None,
+            "starts": self._supervisor.starts,
             "version": __version__,
             "cache": str(self._settings.cache_dir),
             "resends": self._held.session.resends,

@@ -100,6 +100,7 @@ class Supervisor:
         self._settings = settings
         self._held = held
         self._open_repository = open_repository
+        self.starts = 0  # of servers, by this process
         self._child: _Child | None = None
         self._failures = 0
         self._not_before = 0.0
@@ -167,6 +168,7 @@ class Supervisor:
         if not child:
             self._run_server(writer)
         os.close(writer)
+        self.starts += 1
         self._adopt(ProcessId.of(child), reader, ours=True)
 
     def adopt(self, process: ProcessId, *, ours: bool) -> None:

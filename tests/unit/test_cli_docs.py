@@ -39,8 +39,9 @@ def test_every_variable_is_described():
     variables = re.findall(r"`(IMGSNAP_\w+)`", PAGE)
     values = {name: f"/{name}" for name in variables}
     settings = Settings.make(values)
-    found = (settings.store, settings.cache, settings.run, settings.hosts, settings.cache_quota)
-    assert set(map(str, found)) == set(values.values())
+    places = (settings.store, settings.cache, settings.run, settings.hosts)
+    texts = (settings.cache_quota, settings.metrics)
+    assert set(map(str, places + texts)) == set(values.values())
 
 
 @pytest.mark.parametrize(
