@@ -4,6 +4,7 @@ Nothing here can fail a mount or a read. A pack that is missing, late, damaged o
 snapshot costs speed and one line in the log: its blocks are then fetched as any others.
 """
 
+import hashlib
 import json
 import logging
 import threading
@@ -16,7 +17,7 @@ from imgsnap.blockstore.boot_buffer import BootBuffer
 from imgsnap.blockstore.boot_choice import BOOT_PACK_SIZE_MAX, boot_packs, choose
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.digest import Digest, parse_digest
-from imgsnap.errors import ImgsnapError, IntegrityError, Unavailable
+from imgsnap.errors import DigestMismatch, ImgsnapError, IntegrityError, Unavailable
 from imgsnap.formats.chunk_map import ChunkMap
 from imgsnap.formats.frame import decompress_exact
 from imgsnap.oci.media_types import BOOT_PACK
@@ -169,7 +170,8 @@ class BootLoader:
         from imgsnap.formats import boot_pack
         from imgsnap.formats.boot_pack import Header
 
-        header = Header.parse(_exactly(stream, Header.SIZE))
+        header_bytes = _exactly(stream, Header.SIZE)
+        header = Header.parse(header_bytes)
         raw = _exactly(stream, header.table_length)
         table = boot_pack.decode_table(header, raw)
         if Header.SIZE + len(raw) + table.frames_length != pack.size:
@@ -181,10 +183,17 @@ class BootLoader:
         if self._local(table):
             return False
         self.buffer.open(table)
+        sha256 = hashlib.sha256(header_bytes + raw)
         for frame in table.frames:
             if self._ended.is_set():
                 return False
-            self.buffer.add(frame_content(frame, _exactly(stream, frame.length)))
+            data = _exactly(stream, frame.length)
+            sha256.update(data)
+            self.buffer.add(frame_content(frame, data))
+        # Each block was right by the snapshot; a pack that is not what was asked for all the same
+        # is not kept.
+        if "sha256:" + sha256.hexdigest() != pack.digest:
+            raise DigestMismatch("boot pack", pack.digest, "sha256:" + sha256.hexdigest())
         return True
 
 
