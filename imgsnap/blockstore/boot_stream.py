@@ -154,7 +154,8 @@ class BootLoader:
             try:
                 self._stream(pack, file)
             except ImgsnapError:
-                path.unlink(missing_ok=True)  # the next attach fetches it again
+                if not self._ended.is_set():  # else the snapshot was closed, and the file is good
+                    path.unlink(missing_ok=True)  # the next attach fetches it again
                 raise
 
     def _fetch(self, pack: Descriptor) -> None:

@@ -132,8 +132,14 @@ class Fetcher:
     def _add_thread(self, more: int = 0) -> None:
         if len(self._threads) < self._threads_max + more:
             thread = threading.Thread(target=self._run, name="fetch", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if not self._threads:
+                    raise
+                _log.warning("no further thread to fetch with: %s", error)
+                return
             self._threads.append(thread)
-            thread.start()
 
     def _watch(self, due: float | None) -> None:
         """Has a thread awake at `due` to hedge what is late by then: one that is idle, or one more

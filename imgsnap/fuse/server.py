@@ -26,6 +26,8 @@ from imgsnap.fuse.session import FuseSession
 DEFAULT_THREADS = 2
 _EMPTY_REPLY = (Opcode.RELEASE, Opcode.RELEASEDIR, Opcode.ACCESS, Opcode.DESTROY)
 _TRANSIENT = (errno.EINTR, errno.ENOENT, errno.EAGAIN)
+_GONE = (errno.ENODEV, errno.EBADF)
+_READ_AGAIN_S = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -51,6 +53,7 @@ class FuseServer:
         self._session = session
         self._fd = fd
         self._on_end = on_end
+        self._gone = False
         self._failures = RateLimit(_log)
         self._lock = threading.Lock()
         self._running = threads
@@ -86,17 +89,25 @@ class FuseServer:
                 except OSError as error:
                     if error.errno in _TRANSIENT:
                         continue
-                    if error.errno != errno.ENODEV:
-                        _log.error("reading the FUSE device failed: %s", error)
-                    return
+                    if error.errno in _GONE:
+                        self._gone = True
+                        return
+                    # Short of memory, perhaps: only the kernel's ENODEV means that it is over.
+                    self._failures.log(logging.ERROR, "reading the FUSE device failed: %s", error)
+                    time.sleep(_READ_AGAIN_S)
+                    continue
                 if not count:
+                    self._gone = True
                     return  # a socket in the device's place was closed
-                self._answer(worker, view[:count])
+                try:
+                    self._answer(worker, view[:count])
+                except OSError as error:  # the kernel refused a reply: its reader has an error
+                    self._failures.log(logging.ERROR, "a reply was lost: %s", error)
         finally:
             with self._lock:
                 self._running -= 1
                 last = not self._running
-            if last and self._on_end is not None:
+            if last and self._gone and self._on_end is not None:
                 self._on_end()
 
     def _answer(self, worker: "_Worker", request: memoryview) -> None:

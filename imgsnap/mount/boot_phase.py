@@ -28,13 +28,14 @@ class BootPhase:
         self._over = False
         attach.set_readahead(bdi, 0)
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Raises the readahead when the stream has ended and nothing was read from the pack since
-        the last call."""
+        the last call; True when that is done."""
         served = self._boot.buffer.counts.served
         if self._over or not self._boot.ended or served != self._served:
             self._served = served
-            return
+            return self._over
         self._over = True
         attach.set_readahead(self._bdi, READ_AHEAD_AFTER_KB)
         _log.info("the start is over; pack: %s", self._boot.buffer.counts.as_dict())
+        return True

@@ -181,6 +181,14 @@ def name_process(name: str) -> None:
     _libc.prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 
 
+def raise_descriptor_limit() -> None:
+    """The soft limit of open files to the hard one: an open extent takes two."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def limit_heap() -> None:
     """Keeps the C heap small: two arenas instead of eight per core, and chunk buffers (128 KiB
     and more) given back to the kernel when they are freed."""

@@ -43,6 +43,19 @@ def unmount_tree(record: MountRecord, *, lazy: bool) -> None:
         ) from error
 
 
+def unmount_gently(record: MountRecord, *, lazy: bool) -> bool:
+    """As `unmount_tree`; with `lazy` it detaches only what is in use. False when that was so: the
+    overlay's directories are then still written to."""
+    try:
+        unmount_tree(record, lazy=False)
+    except Busy:
+        if not lazy:
+            raise
+        unmount_tree(record, lazy=True)
+        return False
+    return True
+
+
 def remove_entry(records: MountRecords, record: MountRecord) -> None:
     """Frees the target: its directory, if we made it, and the record."""
     current = records.get(record.id)
@@ -53,12 +66,13 @@ def remove_entry(records: MountRecords, record: MountRecord) -> None:
     records.remove(record)
 
 
-def remove_instance(record: MountRecord) -> None:
-    """Deletes what only this instance used: directories, the overlay's changes, the log."""
+def remove_instance(record: MountRecord, *, keep_changes: bool = False) -> None:
+    """Deletes what only this instance used: directories, the log, and the overlay's changes unless
+    somebody still makes some."""
     attach.remove_directory(record.device_dir)
     attach.remove_directory(record.lower_dir)
     remove_tree(record.server_dir)
-    if record.rw_dir:
+    if record.rw_dir and not keep_changes:
         WritableLayer(Path(record.rw_dir)).remove()
     remove_tree(record.log_path)
 

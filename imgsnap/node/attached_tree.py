@@ -1,14 +1,18 @@
 """Mounting an attachment's EROFS, with the readahead that suits what has to be fetched."""
 
+import logging
 from pathlib import Path
 
+from imgsnap.errors import ImgsnapError
 from imgsnap.mount import attach
 from imgsnap.mount.attach import ErofsMount
+from imgsnap.mount.boot_phase import READ_AHEAD_AFTER_KB
 from imgsnap.node import rpc
 from imgsnap.node.attachments import Attachment
 from imgsnap.node.places import ServerPlaces
 
 _CALL_TIMEOUT_S = 20.0
+_log = logging.getLogger(__name__)
 
 
 def mount_attached(places: ServerPlaces, attachment: Attachment, target: Path) -> ErofsMount:
@@ -24,11 +28,15 @@ def mount_attached(places: ServerPlaces, attachment: Attachment, target: Path) -
     mounted = attach.mount_erofs(device, target, find_bdi=attachment.exact)
     if mounted.bdi:
         attach.set_readahead(mounted.bdi, 0)
-        rpc.call_again(
-            places.block_socket,
-            "starting",
-            timeout_s=_CALL_TIMEOUT_S,
-            id=attachment.id,
-            bdi=mounted.bdi,
-        )
+        try:
+            rpc.call_again(
+                places.block_socket,
+                "starting",
+                timeout_s=_CALL_TIMEOUT_S,
+                id=attachment.id,
+                bdi=mounted.bdi,
+            )
+        except ImgsnapError as error:  # its server was replaced: nobody would lift it later
+            _log.info("the start of %s is not waited for: %s", attachment.id, error)
+            attach.set_readahead(mounted.bdi, READ_AHEAD_AFTER_KB)
     return mounted

@@ -120,11 +120,11 @@ class AttachmentTable:
 
     def _next(self) -> int:
         """Never a number that was used before: the kernel may remember it."""
+        mark = self._numbers / "last"
+        kept = int(mark.read_text()) if mark.exists() else 0
         if self._last is None:
-            mark = self._numbers / "last"
-            kept = int(mark.read_text()) if mark.exists() else 0
             self._last = max([kept, *self._all_numbers()])
-        self._last += 1
+        self._last = max(self._last, kept) + 1
         self._replace(self._numbers / "last", str(self._last))
         return self._last
 

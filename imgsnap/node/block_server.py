@@ -85,6 +85,7 @@ class BlockServer:
         self._table = AttachmentTable(settings.places.attachments)
         self._catalog = DeviceCatalog(self._table, self._store, self._repositories)
         self._starts: list[BootPhase] = []
+        self._attaching = threading.Lock()
 
     def run(self, ready: int = -1) -> int:
         """Serves until the superblock is gone (EXIT_ENDED) or a signal ends it.
@@ -122,8 +123,7 @@ class BlockServer:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is None:
                 self._store.fetcher.expire()
-                for start in list(self._starts):
-                    start.check()
+                self._starts = [start for start in self._starts if not start.check()]
                 continue
             _log.info("ending on %s", signal.Signals(info.si_signo).name)
             return info.si_signo == _ENDED
@@ -173,9 +173,10 @@ class BlockServer:
             exact=options.exact or (device.boot is not None and device.boot.found(BOOT_ANSWER_S)),
             options=options,
         )
-        if self._settings.pin_holder:
-            self._pin(snapshot)
-        kept = self._catalog.add(attachment, device)
+        with self._attaching:
+            if self._settings.pin_holder:
+                self._pin(snapshot)
+            kept = self._catalog.add(attachment, device)
         _log.info("attached %s", kept.manifest_digest)
         return kept.to_json()
 
@@ -191,22 +192,27 @@ class BlockServer:
 
     def _detach(self, args: dict[str, Any]) -> None:
         """Takes the device's name away; its bytes are served until the kernel forgets it."""
-        attachment = self._table.by_id(args["id"])
-        if attachment is None:
-            raise NotFound(f"{args['id']} is not attached")
-        self._table.detach(attachment)
-        if self._settings.pin_holder:
-            with suppress(NotFound):
-                unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
+        with self._attaching:
+            attachment = self._table.by_id(args["id"])
+            if attachment is None:
+                raise NotFound(f"{args['id']} is not attached")
+            self._table.detach(attachment)
+            if self._settings.pin_holder:
+                with suppress(NotFound):
+                    unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
+        known = 0
         directory = directory_node(attachment.number)
         for parent, name in ((directory, b"layer.erofs"), (protocol.ROOT_ID, args["id"].encode())):
             try:
                 os.write(self._fd, protocol.inval_entry_notification(parent, name))
+                known += 1
             except OSError as error:  # ENOENT: the kernel does not have it in memory
                 _log.debug("%s: %s", name, error)
+        if not known:
+            self._catalog.forgotten(attachment.number)  # FORGET came before, and is not repeated
 
     def _list(self, args: dict[str, Any]) -> list[dict[str, Any]]:
-        return [found.to_json() for found in self._table.all()]
+        return [found.to_json() for found in self._table.all() if not found.detached]
 
     def _status(self, args: dict[str, Any]) -> dict[str, Any]:
         """Counters of what is open in this life of the server."""
@@ -267,7 +273,8 @@ class BlockServer:
 
     def _take(self, args: dict[str, Any]) -> Answer:
         """The FUSE device and the listening socket, for a supervisor whose forerunner died."""
-        return Answer({"pid": os.getpid()}, (self._fd, self._listener.fileno()))
+        known = {"pid": os.getpid(), "session": self._session._asdict()}
+        return Answer(known, (self._fd, self._listener.fileno()))
 
 
 def start_log(path: Path) -> None:

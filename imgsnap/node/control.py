@@ -5,6 +5,7 @@ what is mounted does not notice.
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import threading
@@ -16,12 +17,12 @@ from typing import Any
 
 from imgsnap import __version__
 from imgsnap.blockstore.store import read_options
-from imgsnap.errors import Busy, InvalidArgument, NotFound, Unavailable
+from imgsnap.errors import Busy, ImgsnapError, InvalidArgument, NotFound, Unavailable
 from imgsnap.mount import attach, linux, teardown
 from imgsnap.mount.linux import MountFlag
 from imgsnap.mount.overlay import WritableLayer, mount_overlay
 from imgsnap.mount.process import ProcessId
-from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
+from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
 from imgsnap.node import rpc
 from imgsnap.node.attached_tree import mount_attached
 from imgsnap.node.attachments import Attachment
@@ -110,7 +111,12 @@ class Control:
         A snapshot is attached and its EROFS mounted once, however many directories show it: they
         share its page cache.
         """
-        options, record = claim(self._options(args))
+        wanted = self._options(args)
+        with self._target_lock(MountRecords.id_of(Path(os.path.realpath(wanted.target)))):
+            return self._mount(wanted, args)
+
+    def _mount(self, wanted: MountOptions, args: dict[str, Any]) -> dict[str, Any]:
+        options, record = claim(wanted)
         try:
             record, attachment = self._attach(options, args, record)
             self._show(record, attachment)
@@ -157,14 +163,7 @@ class Control:
                     options=asdict(options.read),
                 )
             )
-            with self._lock(attachment.id):
-                users = self.places.users(attachment.id)
-                users.mkdir(parents=True, exist_ok=True, mode=0o700)
-                (users / record.id).touch()
-                device = self.places.server.device(attachment.id)
-                if not device.exists():
-                    continue  # its last user went between the two
-                self._mount_tree(attachment)
+            device = self.places.server.device(attachment.id)
             record = replace(
                 record,
                 by_daemon=True,
@@ -173,7 +172,15 @@ class Control:
                 config_digest=attachment.config_digest,
                 device=str(device),
             )
+            # First, so that whoever undoes this mount knows what it took.
             self._records.update(record)
+            with self._lock(attachment.id):
+                users = self.places.users(attachment.id)
+                users.mkdir(parents=True, exist_ok=True, mode=0o700)
+                (users / record.instance).touch()
+                if not device.exists():
+                    continue  # its last user went between the two
+                self._mount_tree(attachment)
             return record, attachment
         raise Busy(f"{options.reference} is being detached by others")
 
@@ -199,23 +206,41 @@ class Control:
     def umount(self, args: dict[str, Any]) -> None:
         """Takes a snapshot off a directory; the last user's end detaches it."""
         target = Path(os.path.realpath(args["target"]))
-        record = self._records.get(self._records.id_of(target))
-        if record is None or not record.by_daemon:
-            raise NotFound(f"{target} is not a snapshot that this daemon mounted")
-        self._remove(record, lazy=bool(args.get("lazy")))
+        record_id = self._records.id_of(target)
+        with self._target_lock(record_id):
+            record = self._records.get(record_id)
+            if record is None or not record.by_daemon:
+                raise NotFound(f"{target} is not a snapshot that this daemon mounted")
+            self._remove(record, lazy=bool(args.get("lazy")))
+
+    def undo_half_done(self) -> None:
+        """Takes back the mounts that a control process left half done when it was killed or
+        replaced, and the users that no mount stands behind."""
+        for record in list(self._records.all()):
+            half = record.state == STARTING and record.by_daemon
+            if half and (not record.server.alive or record.server_pid == os.getpid()):
+                with contextlib.suppress(ImgsnapError):
+                    self._remove(record, lazy=True)
+        known = {record.instance for record in self._records.all()}
+        users = self.places.users("")
+        for attachment in users.iterdir() if users.is_dir() else ():
+            for instance in [path.name for path in attachment.iterdir()]:
+                if instance not in known:
+                    with contextlib.suppress(ImgsnapError, OSError):
+                        self._leave(attachment.name, instance, lazy=True)
 
     def _remove(self, record: MountRecord, *, lazy: bool) -> None:
-        teardown.unmount_tree(record, lazy=lazy)
+        in_use = not teardown.unmount_gently(record, lazy=lazy)
         attachment_id = Path(record.device).parent.name if record.device else ""
         if attachment_id:
-            self._leave(attachment_id, record, lazy=lazy)
+            self._leave(attachment_id, record.instance, lazy=lazy)
         teardown.remove_entry(self._records, record)
-        teardown.remove_instance(record)
+        teardown.remove_instance(record, keep_changes=in_use)
 
-    def _leave(self, attachment_id: str, record: MountRecord, *, lazy: bool) -> None:
+    def _leave(self, attachment_id: str, instance: str, *, lazy: bool) -> None:
         with self._lock(attachment_id):
             users = self.places.users(attachment_id)
-            (users / record.id).unlink(missing_ok=True)
+            (users / instance).unlink(missing_ok=True)
             try:
                 users.rmdir()
             except FileNotFoundError:
@@ -223,10 +248,23 @@ class Control:
             except OSError:
                 return  # others show it
             tree = self.places.tree(attachment_id)
-            attach.unmount(tree, lazy=lazy, retry=True)
+            with contextlib.suppress(NotFound):  # the directory could not even be made
+                attach.unmount(tree, lazy=lazy, retry=True)
             attach.remove_directory(tree)
             with contextlib.suppress(NotFound):
                 self._block("detach", id=attachment_id)
+
+    @contextlib.contextmanager
+    def _target_lock(self, record_id: str) -> Iterator[None]:
+        """One mount or unmount of a target at a time, in this process and in others."""
+        directory = self._run_dir / "node" / "locks"
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fd = os.open(directory / record_id, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
 
     @contextlib.contextmanager
     def _lock(self, attachment_id: str) -> Iterator[None]:

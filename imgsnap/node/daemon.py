@@ -22,6 +22,8 @@ from imgsnap.node.supervise import command
 SUPERVISOR_TIMEOUT_S = 20.0
 WATCH_S = 2.0
 """How often the supervisor is looked for; readers do not wait for this, only its upgrades do."""
+DRAIN_S = 60.0
+"""For calls under way before an upgrade: a mount may be waiting for a registry."""
 _END_GRACE_S = 10.0
 STATE_VARIABLE = "IMGSNAP_CONTROL_SOCKET"
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -51,7 +53,9 @@ def run_daemon(
                 places.control_socket.unlink(missing_ok=True)
             raise
     control = Control(run_dir, cache_dir)
-    rpc.Server(listener, control.handlers()).start()
+    control.undo_half_done()
+    server = rpc.Server(listener, control.handlers())
+    server.start()
     ensure_supervisor(places, cache_dir, cache_quota)
     systemd.notify(os.environ, "READY=1")
     start_log(places.control_log)
@@ -64,6 +68,7 @@ def run_daemon(
                 _log.error("%s", error)
             continue
         if info.si_signo == signal.SIGUSR2:
+            server.drain(DRAIN_S)
             _become_new(listener, passed)
         systemd.notify(os.environ, "STOPPING=1")
         if not passed:
@@ -109,7 +114,7 @@ def ensure_supervisor(places: NodePlaces, cache_dir: Path, cache_quota: int | No
     """Starts a supervisor unless one answers. Raises Unavailable when it does not come up."""
     try:
         rpc.call(places.server.supervisor_socket, "status", timeout_s=SUPERVISOR_TIMEOUT_S)
-    except Unavailable:
+    except (rpc.NobodyListens, rpc.Interrupted):
         _start_supervisor(places, cache_dir, cache_quota)
 
 

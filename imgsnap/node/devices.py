@@ -164,12 +164,12 @@ class DeviceCatalog:
         return self._table.names()
 
     def forgotten(self, number: int) -> None:
-        record = self._table.by_number(number)
-        if record is None or not record.detached:
-            return  # the kernel only needed memory; it will ask again
         with self._lock:
+            record = self._table.by_number(number)
+            if record is None or not record.detached:
+                return  # the kernel only needed memory; it will ask again
             device = self._devices.pop(number, None)
-        self._table.remove(number)
+            self._table.remove(number)
         if device is not None:
             device.close()
         _log.info("released %s", record.manifest_digest)
@@ -178,8 +178,8 @@ class DeviceCatalog:
 
     def add(self, attachment: Attachment, device: Device) -> Attachment:
         """Serves an opened device; the attachment that is there already when it is known."""
-        kept = self._table.add(attachment)
         with self._lock:
+            kept = self._table.add(attachment)
             served = self._devices.get(kept.number)
             if served is None:
                 served = self._devices[kept.number] = ServedDevice(kept, self._open)

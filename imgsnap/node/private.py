@@ -34,6 +34,7 @@ def run_private(
     records = MountRecords(settings.places.root.parent.parent)
     try:
         start_log(settings.places.log)
+        linux.raise_descriptor_limit()
         held = Held.create(settings)
         supervisor = Supervisor(settings, held, open_repository)
     except Exception as error:
@@ -46,9 +47,9 @@ def run_private(
         process = ProcessId.of(os.getpid())
         _send(pipe, {"pid": process.pid, "start_time": process.start_time})
         os.close(pipe)
-        if not supervisor.run():
-            _unmount(records.get(record.id) or record)
+        supervisor.run()
     finally:
+        _unmount(_own(records, record))  # of a superblock that ended nothing is left
         supervisor.end_server()
         teardown.remove_entry(records, record)
         teardown.remove_instance(record)
@@ -73,6 +74,12 @@ def _abandon_with(
             supervisor.stop()
 
     supervisor.watch(pidfd, ended)
+
+
+def _own(records: MountRecords, record: MountRecord) -> MountRecord:
+    """What is known of this instance; its target may be another's by now."""
+    current = records.get(record.id)
+    return current if current is not None and current.instance == record.instance else record
 
 
 def _unmount(record: MountRecord) -> None:

@@ -5,11 +5,14 @@ answer. Who may connect is decided by the socket's directory, which only its own
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import select
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,7 @@ CONNECTIONS_MAX = 64
 DESCRIPTORS_MAX = 16
 CALL_TIMEOUT_S = 30.0
 _IDLE_S = 60.0
+_ACCEPT_AGAIN_S = 0.1
 _RECEIVE = 65536
 _log = logging.getLogger(__name__)
 
@@ -188,6 +192,7 @@ class Server:
         self._listener = listener
         self._handlers = handlers
         self._slots = threading.BoundedSemaphore(CONNECTIONS_MAX)
+        self._draining = threading.Event()
 
     def start(self) -> None:
         threading.Thread(target=self._accept, name="rpc", daemon=True).start()
@@ -195,11 +200,32 @@ class Server:
     def _accept(self) -> None:
         while True:
             try:
+                select.select([self._listener], [], [])
+                if self._draining.is_set():
+                    return
                 connection, _ = self._listener.accept()
-            except OSError:
-                return  # closed
+            except (OSError, ValueError) as error:
+                if self._listener.fileno() < 0 or getattr(error, "errno", 0) == errno.EBADF:
+                    return  # closed
+                _log.error("cannot take a call: %s", error)  # short of descriptors, for instance
+                time.sleep(_ACCEPT_AGAIN_S)
+                continue
             self._slots.acquire()
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            except RuntimeError as error:
+                _log.error("cannot take a call: %s", error)
+                connection.close()
+                self._slots.release()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes no further call and waits for those under way; False when some are left."""
+        self._draining.set()
+        deadline = time.monotonic() + timeout_s
+        for _ in range(CONNECTIONS_MAX):
+            if not self._slots.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return False
+        return True
 
     def _serve(self, connection: socket.socket) -> None:
         try:

@@ -127,9 +127,13 @@ def unmount(target: Path, run_dir: Path, *, lazy: bool = False) -> None:
         )
     if record.state == STARTING and record.server.alive:
         raise Busy(f"{target} is being mounted", hint="try again in a moment")
-    teardown.unmount_tree(record, lazy=lazy)
     if record.direct:
+        in_use = not teardown.unmount_gently(record, lazy=lazy)
         release(record)
+        teardown.remove_entry(records, record)
+        teardown.remove_instance(record, keep_changes=in_use)
+        return
+    teardown.unmount_tree(record, lazy=lazy)
     if lazy and not record.server.wait(LAZY_GRACE_S):
         teardown.remove_entry(records, record)
         return  # the server removes the rest

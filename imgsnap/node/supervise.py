@@ -6,6 +6,7 @@ daemon starts it again if it ends; block server and readers do not notice.
 """
 
 import contextlib
+import fcntl
 import importlib
 import json
 import logging
@@ -19,7 +20,7 @@ from typing import Any
 
 from imgsnap import __version__
 from imgsnap.blockstore.node_cache import remove_tree
-from imgsnap.errors import ImgsnapError, Unavailable
+from imgsnap.errors import Busy, ImgsnapError, Unavailable
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import attach, linux
 from imgsnap.mount.process import ProcessId
@@ -27,7 +28,13 @@ from imgsnap.node import rpc, systemd
 from imgsnap.node.block_server import ServerSettings, start_log
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
-from imgsnap.node.supervisor import Held, Supervisor, load_session, take_over
+from imgsnap.node.supervisor import (
+    Held,
+    Supervisor,
+    load_session,
+    server_lives,
+    take_over,
+)
 from imgsnap.oci.repository import Repository
 
 STATE_VARIABLE = "IMGSNAP_SUPERVISOR_STATE"
@@ -44,6 +51,8 @@ _PRELOADED = (
 )
 """Imported before the first fork: every server shares them, and the next one is ready at once."""
 _CALLER_S = 1.0
+_TAKE_ATTEMPTS = 6
+"""Half a minute for a server that is too busy to answer."""
 _log = logging.getLogger(__name__)
 
 
@@ -56,6 +65,7 @@ class NodeSupervisor:
             places.server, cache_dir, cache_quota=cache_quota, pin_holder=PIN_HOLDER
         )
         self._socket: socket.socket
+        self._lock_fd = -1
         self._held: Held
         self._supervisor: Supervisor
         self._next = "end"  # after `run`: "end" or "upgrade"
@@ -73,18 +83,19 @@ class NodeSupervisor:
                 socket.socket(fileno=state["listener"]),
             )
             self._socket = socket.socket(fileno=state["socket"])
-            for fd in (state["device"], state["listener"], state["socket"]):
-                os.set_inheritable(fd, False)
+            self._lock_fd = state["lock"]
+            for name in ("device", "listener", "socket", "lock"):
+                os.set_inheritable(state[name], False)
             server = ProcessId(**state["server"]) if state["server"] else None
             _log.info("upgraded to %s", __version__)
         else:
             self._places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._lock_fd = self._lock()
             self._held, server = self._find(passed)
             self._socket = rpc.listen(self._places.server.supervisor_socket)
-        for name, fd in ((FUSE_NAME, self._held.device), (BLOCK_NAME, self._listener)):
-            if name not in passed:
-                systemd.store_descriptor(os.environ, name, fd)
+        self._store(passed)
         self._supervisor = Supervisor(self._settings, self._held, open_source)
+        self._supervisor.kept_from_servers.append(self._lock_fd)
         self._supervisor.watch(self._socket.fileno(), self._answer)
         if server is not None:
             if kept:
@@ -94,29 +105,60 @@ class NodeSupervisor:
             else:
                 self._supervisor.adopt(server, ours=False)
 
+    def _store(self, unused: dict[str, int]) -> None:
+        """Leaves the descriptors with the service manager, in the place of older ones."""
+        for name, fd in unused.items():
+            systemd.notify(os.environ, f"FDSTOREREMOVE=1\nFDNAME={name}")
+            os.close(fd)
+        for name, fd in ((FUSE_NAME, self._held.device), (BLOCK_NAME, self._listener)):
+            systemd.store_descriptor(os.environ, name, fd)
+
     @property
     def _listener(self) -> int:
         return self._held.listener.fileno()
 
     def _find(self, passed: dict[str, int]) -> tuple[Held, ProcessId | None]:
-        if FUSE_NAME in passed and BLOCK_NAME in passed:
-            listener = socket.socket(fileno=passed[BLOCK_NAME])
-            held = Held(passed[FUSE_NAME], load_session(self._settings), listener)
-            _log.info("took over the device from the service manager")
-            # The server, if it lives, answers on the socket we share with it: ask it to end.
-            with contextlib.suppress(ImgsnapError, OSError, ValueError):
-                _, server = take_over(self._settings)
-                return held, server
-            return held, None
-        try:
-            held, server = take_over(self._settings)
-        except (Unavailable, OSError, ValueError) as error:
-            _log.info("nothing to take over (%s)", error)
-        else:
+        """What a living block server holds, else what the service manager kept, else new.
+
+        Raises Unavailable when there is a server that does not answer: two servers must never read
+        one device, and what it serves must not be taken away.
+        """
+        if server_lives(self._settings):
+            held, server = self._take_over()
             _log.info("took over block server %d", server.pid)
             return held, server
+        if FUSE_NAME in passed and BLOCK_NAME in passed:
+            try:
+                session = load_session(self._settings)
+            except (OSError, ValueError, TypeError) as error:
+                _log.error("the device that was kept is of no use without its session: %s", error)
+            else:
+                _log.info("took over the device from the service manager")
+                listener = socket.socket(fileno=passed.pop(BLOCK_NAME))
+                return Held(passed.pop(FUSE_NAME), session, listener), None
         self._clean()
         return Held.create(self._settings), None
+
+    def _take_over(self) -> tuple[Held, ProcessId]:
+        """Waits for a server that is busy."""
+        for _ in range(_TAKE_ATTEMPTS - 1):
+            try:
+                return take_over(self._settings)
+            except Unavailable as error:
+                _log.warning("the block server does not answer: %s", error)
+        return take_over(self._settings)
+
+    def _lock(self) -> int:
+        """The right to be the supervisor of this directory. Raises Busy."""
+        fd = os.open(
+            self._places.server.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            raise Busy("another supervisor runs here") from error
+        return fd
 
     def _clean(self) -> None:
         """Removes what dead processes left: a superblock that nobody serves any more, with its
@@ -143,8 +185,7 @@ class NodeSupervisor:
 
     def _answer(self) -> None:
         """Answers one caller. Nothing here may take long: nobody else watches the server."""
-        connection, _ = self._socket.accept()
-        with connection, contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._socket.accept()[0] as connection:
             connection.settimeout(_CALLER_S)
             rpc.answer_one(
                 connection,
@@ -186,11 +227,12 @@ class NodeSupervisor:
             "device": self._held.device,
             "listener": self._listener,
             "socket": self._socket.fileno(),
+            "lock": self._lock_fd,
             "session": self._held.session._asdict(),
             "server": asdict(server) if server else None,
         }
-        for fd in (state["device"], state["listener"], state["socket"]):
-            os.set_inheritable(int(str(fd)), True)
+        for name in ("device", "listener", "socket", "lock"):
+            os.set_inheritable(int(str(state[name])), True)
         signal.set_wakeup_fd(-1)
         logging.shutdown()
         os.execve(  # noqa: S606
@@ -225,6 +267,7 @@ def main(arguments: list[str]) -> int:
     os.chdir("/")
     places.server.root.mkdir(parents=True, exist_ok=True, mode=0o700)
     start_log(places.server.log)
+    linux.raise_descriptor_limit()
     supervisor = NodeSupervisor(places, cache_dir, cache_quota)
     try:
         supervisor.start()

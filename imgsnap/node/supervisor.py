@@ -7,6 +7,7 @@ again what the old one left unanswered; readers see a pause. If this process is 
 dies, the next supervisor takes the descriptors back from the server (`take_over`).
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -105,6 +106,8 @@ class Supervisor:
         self._failures = 0
         self._not_before = 0.0
         self._stop = False
+        self.kept_from_servers: list[int] = []
+        """Descriptors that a forked server closes: what they mean is this process's alone."""
         self._poll = select.poll()
         self._watched: dict[int, Callable[[], None]] = {}
         self._wake, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -163,13 +166,33 @@ class Supervisor:
 
     def _start(self) -> None:
         """Forks a server, which asks the kernel for unanswered requests as soon as it reads."""
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        child = os.fork()
+        try:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+        except OSError as error:
+            self._later(error)
+            return
+        try:
+            child = os.fork()
+        except OSError as error:
+            os.close(reader)
+            os.close(writer)
+            self._later(error)
+            return
         if not child:
             self._run_server(writer)
         os.close(writer)
         self.starts += 1
         self._adopt(ProcessId.of(child), reader, ours=True)
+
+    def _later(self, error: OSError) -> None:
+        """The machine is short of something: this process must outlast that."""
+        _log.error("cannot start a block server: %s", error)
+        self._failures += 1
+        self._back_off()
+
+    def _back_off(self) -> None:
+        delay = BACKOFF_FIRST_S * 2 ** min(self._failures - 1, 10) if self._failures else 0.0
+        self._not_before = time.monotonic() + min(delay, BACKOFF_MAX_S)
 
     def adopt(self, process: ProcessId, *, ours: bool) -> None:
         """Watches over a server that a former supervisor started; `ours` when that was this
@@ -217,8 +240,7 @@ class Supervisor:
             self._stop = True
             return False
         self._failures = 0 if child.served else self._failures + 1
-        delay = BACKOFF_FIRST_S * 2 ** (self._failures - 1) if self._failures else 0.0
-        self._not_before = time.monotonic() + min(delay, BACKOFF_MAX_S)
+        self._back_off()
         _log.warning("block server %d ended (%d); replacing it", child.process.pid, status)
         return False
 
@@ -247,8 +269,9 @@ class Supervisor:
             for number in _STOP:
                 signal.signal(number, signal.SIG_DFL)
             _set_oom_score(0)
-            for fd in self._watched:
+            for fd in (*self._watched, *self.kept_from_servers):
                 os.close(fd)
+            lock_as_server(self._settings)
             server = BlockServer(
                 self._settings,
                 self._held.device,
@@ -264,13 +287,40 @@ class Supervisor:
             os._exit(status)
 
 
+def lock_as_server(settings: ServerSettings) -> None:
+    """Shows that a block server lives, until this process ends; see `server_lives`."""
+    fcntl.flock(_open_lock(settings), fcntl.LOCK_SH)
+
+
+def server_lives(settings: ServerSettings) -> bool:
+    """Whether any block server of this directory runs: connecting would not tell, since the
+    service manager keeps their socket open. Raises OSError."""
+    fd = _open_lock(settings)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _open_lock(settings: ServerSettings) -> int:
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+    return os.open(settings.places.root / "server.lock", flags, 0o600)
+
+
 def take_over(settings: ServerSettings) -> tuple[Held, ProcessId]:
-    """What a running block server holds, whose supervisor died. Raises Unavailable, OSError."""
-    session = load_session(settings)
+    """What a running block server holds, whose supervisor died.
+
+    Raises NobodyListens when there is none, Unavailable when there is one that does not answer:
+    the device is then not ours to take.
+    """
     answer = rpc.call_for_descriptors(settings.places.block_socket, "take", timeout_s=5.0)
     device, listener = answer.descriptors
     os.set_inheritable(device, False)
     os.set_inheritable(listener, False)
+    session = FuseSession(**answer.result["session"])
     held = Held(device, session, socket.socket(fileno=listener))
     return held, ProcessId.of(int(answer.result["pid"]))
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -334,3 +337,58 @@ def test_what_the_daemon_refuses(node: Node, cli: Cli, snapshot, tmp_path):
 def test_without_a_daemon(cli: Cli):
     for command in ("status", "upgrade", "stop"):
         cli.fails(4, "daemon", command, hint=command == "status")
+
+
+def test_one_supervisor_only(node: Node, cli: Cli, snapshot, tmp_path):
+    """A second one must not start a second server on the same device."""
+    cli("mount", snapshot, tmp_path / "tree")
+    supervisor, server = node.supervisor(), node.server()
+    second = cli.any("daemon", "supervise")
+    assert second.code == 1 and "another supervisor" in second.err
+    # One that does not answer is not dead.
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        node.kill(supervisor)
+        time.sleep(1)
+        assert server.alive and not node.places.server.attachments.joinpath("gone").exists()
+        assert list(node.places.server.attachments.glob("id/*.json")), "nothing is cleaned away"
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+    assert wait_for(node.supervisor, "the next supervisor") != supervisor
+    assert node.server() == server
+    check(tmp_path / "tree")
+    cli("umount", tmp_path / "tree")
+
+
+def test_a_mount_that_fails_half_way_leaves_nothing(node: Node, cli: Cli, snapshot, tmp_path):
+    trees = node.places.tree("")
+    trees.mkdir(parents=True, exist_ok=True)
+    trees.rename(trees.with_name("away"))
+    trees.write_text("no directory")
+    assert cli.any("mount", snapshot, tmp_path / "tree").code
+    trees.unlink()
+    trees.with_name("away").rename(trees)
+    wait_for(lambda: node.attachments() == [], "the device is released")
+    assert not (tmp_path / "tree").exists()
+    cli("mount", snapshot, tmp_path / "tree")
+    check(tmp_path / "tree")
+    cli("umount", tmp_path / "tree")
+
+
+def test_a_writable_tree_in_use_keeps_its_changes_when_detached(
+    node: Node, cli: Cli, snapshot, tmp_path
+):
+    tree = tmp_path / "tree"
+    cli("mount", "--rw", snapshot, tree)
+    directory = os.open(tree, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        cli("umount", "--lazy", tree)
+        fd = os.open("new", os.O_CREAT | os.O_WRONLY, dir_fd=directory)
+        os.write(fd, b"still written")
+        os.close(fd)
+        fd = os.open("f01", os.O_RDONLY, dir_fd=directory)
+        assert os.read(fd, SIZE) == content(1)
+        os.close(fd)
+    finally:
+        os.close(directory)
+    shutil.rmtree(cli.cache / "rw")
