@@ -158,6 +158,7 @@ class _Bench:
 
     def restart(self) -> Sample:
         """The control process killed and started again while it knows many snapshots."""
+        self._client.forget_data()  # a complete one would be mounted without the daemon
         self._start()
         self._ready()
         target = self._work / "tree"
