@@ -41,10 +41,9 @@ def supervise(settings: Settings) -> int:
     The daemon starts one by itself when there is none. Under systemd it is a service of its own,
     whose descriptors survive its restart in systemd's store.
     """
-    from imgsnap.node.supervise import main
+    from imgsnap.node.supervise import run_supervisor
 
-    limit = quota(settings)
-    return main([str(settings.run), str(settings.cache), *([] if limit is None else [str(limit)])])
+    return run_supervisor(settings.run, settings.cache, quota(settings))
 
 
 @command.command(short_help="Show the daemon's processes and attachments")

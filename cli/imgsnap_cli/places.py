@@ -15,9 +15,9 @@ from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
     from imgsnap.blockstore.node_cache import NodeCache
+    from imgsnap.blockstore.read_options import ReadOptions
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
-    from imgsnap.blockstore.store import ReadOptions
     from imgsnap.formats.snapshot_config import SnapshotConfig
     from imgsnap.node.source import Source
     from imgsnap.node.targets import MountOptions
@@ -85,7 +85,7 @@ def reading(
     exact: bool = False,
 ) -> "ReadOptions":
     """The flags as the library has them. Raises InvalidArgument."""
-    from imgsnap.blockstore.store import ReadOptions
+    from imgsnap.blockstore.read_options import ReadOptions
 
     return ReadOptions(
         prefetch=prefetch,
@@ -212,7 +212,7 @@ class Places:
     ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
         """For `mount`: the repository is opened in the block server's process."""
         from imgsnap.blockstore.boot_choice import AUTO
-        from imgsnap.blockstore.store import ReadOptions
+        from imgsnap.blockstore.read_options import ReadOptions
         from imgsnap.node.source import Source
         from imgsnap.node.targets import MountOptions
         from imgsnap.oci.locate import reference_of

@@ -13,7 +13,7 @@ from imgsnap_cli.places import Places
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
-    from imgsnap.blockstore.store import ReadOptions
+    from imgsnap.blockstore.read_options import ReadOptions
     from imgsnap.mount.records import MountRecord
 
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.read_options import ReadOptions
 from imgsnap.blockstore.reader import BlockReader
 from imgsnap.blockstore.snapshot import Snapshot
-from imgsnap.blockstore.store import BlockStore, ReadOptions
+from imgsnap.blockstore.store import BlockStore
 
 
 @contextmanager

@@ -9,10 +9,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 
 from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import Fetcher
+from imgsnap.blockstore.read_options import Prefetch
 from imgsnap.blockstore.statistics import Statistics
 
 MOST_READ = 0.5
@@ -26,14 +26,6 @@ AGAIN_S = 30.0
 DEADLINE_S = 600.0
 
 _log = logging.getLogger(__name__)
-
-
-class Prefetch(StrEnum):
-    """What is fetched that nobody has asked for, beside readahead."""
-
-    OFF = "off"
-    PACK = "pack"  # the boot pack, and everything once most of it has been read
-    ALL = "all"
 
 
 class Completion:

@@ -23,6 +23,7 @@ from imgsnap.blockstore.flights import Flight, Flights
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.pack_files import PackFiles
+from imgsnap.blockstore.read_options import DEADLINE_S
 from imgsnap.blockstore.statistics import FetchCounts
 from imgsnap.digest import Digest, chunk_id
 from imgsnap.errors import DigestMismatch, ImgsnapError, IntegrityError, Unavailable
@@ -34,7 +35,6 @@ DEFAULT_THREADS = 32
 """Ranges in flight at most, each on its own connection; a thread is started when there is work."""
 RESERVED_THREADS = 2
 """Threads that only demand reads use, so that they never wait for a slow background range."""
-DEFAULT_DEADLINE_S = 60.0
 _JOIN_S = 2.0
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Fetcher:
         done: Callable[[Batch], None],
         *,
         priority: Priority = Priority.DEMAND,
-        deadline_s: float = DEFAULT_DEADLINE_S,
+        deadline_s: float = DEADLINE_S,
     ) -> None:
         """Brings chunks in; `done` is called once, from a fetcher thread or from here.
 

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from imgsnap.blockstore.read_options import WINDOW_MAX
 from imgsnap.units import KIB, MIB
 
 WINDOW_FIRST = 512 * KIB
@@ -19,9 +20,6 @@ WINDOW_FIRST = 512 * KIB
 read instead of the second, for 2 % more bytes; 1 MiB took 0.8 for 16 % more."""
 WINDOW_USUAL = 8 * MIB
 """What a window grows to on any link: about 3 MiB of compressed chunks."""
-WINDOW_MAX = 256 * MIB
-"""What it grows to on links that need it: 0.5 s at 1 Gbit/s, compressed to a third and a quarter
-of it asked for anew at a time."""
 GROWTH_LONG = 4
 """A window grows so fast where it has far to go: each step costs a round trip there."""
 DEVICE_BYTES_PER_LINK_BYTE = 3

@@ -8,11 +8,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from imgsnap.blockstore.completion import Completion, Prefetch
+from imgsnap.blockstore.completion import Completion
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
-from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, Fetcher
-from imgsnap.blockstore.readahead import WINDOW_MAX, Readahead
+from imgsnap.blockstore.fetcher import Fetcher
+from imgsnap.blockstore.read_options import DEADLINE_S, WINDOW_MAX, Prefetch
+from imgsnap.blockstore.readahead import Readahead
 from imgsnap.blockstore.snapshot import Snapshot
 from imgsnap.blockstore.stalls import PACK_SOURCE, StallLog, Waiting
 from imgsnap.blockstore.statistics import Statistics
@@ -77,7 +78,7 @@ class BlockReader:
         fetcher: Fetcher,
         *,
         readahead_max: int = WINDOW_MAX,
-        deadline_s: float = DEFAULT_DEADLINE_S,
+        deadline_s: float = DEADLINE_S,
         prefetch: Prefetch = Prefetch.OFF,
         prefetch_rate: int = 0,
         boot: "BootBuffer | None" = None,

@@ -38,7 +38,7 @@ def resolve_snapshot(
     cached = _cached_manifest(cache, reference)
     if cached and manifest_kind(cached).is_snapshot:
         return Resolution(cached, stale=False)
-    key = _key(repository, reference, platform)
+    key = _key(repository.name, reference, platform)
     try:
         manifest = _ask(repository, reference, cache, platform)
     except Unavailable as error:
@@ -60,14 +60,14 @@ def resolve_snapshot(
 
 
 def remembered_snapshot(
-    repository: Repository, reference: str, cache: NodeCache, platform: Platform | None = None
+    repository: str, reference: str, cache: NodeCache, platform: Platform | None = None
 ) -> RawManifest | None:
-    """What `resolve_snapshot` found last, from the cache alone."""
+    """What `resolve_snapshot` found last in the repository of this name, from the cache alone."""
     return _remembered(cache, _key(repository, reference, platform))
 
 
-def _key(repository: Repository, reference: str, platform: Platform | None) -> str:
-    return f"{repository.name}\0{reference}\0{platform or ''}"
+def _key(repository: str, reference: str, platform: Platform | None) -> str:
+    return f"{repository}\0{reference}\0{platform or ''}"
 
 
 def _ask(

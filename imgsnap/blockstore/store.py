@@ -1,39 +1,18 @@
 """The block store of one process: what all the snapshots that it reads share."""
 
-from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from imgsnap.blockstore.completion import Prefetch
 from imgsnap.blockstore.extent_cache import ExtentPool
-from imgsnap.blockstore.fetcher import DEFAULT_DEADLINE_S, DEFAULT_THREADS, Fetcher
+from imgsnap.blockstore.fetcher import DEFAULT_THREADS, Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.readahead import WINDOW_MAX
+from imgsnap.blockstore.read_options import Prefetch, ReadOptions
 from imgsnap.blockstore.reader import BlockReader
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
 from imgsnap.oci.repository import Platform, Repository
 
 if TYPE_CHECKING:
     from imgsnap.blockstore.boot_stream import BootLoader
-
-
-@dataclass(frozen=True, slots=True)
-class ReadOptions:
-    """How one snapshot is read."""
-
-    readahead_max: int = WINDOW_MAX  # bytes; 0 switches readahead off
-    deadline_s: float = DEFAULT_DEADLINE_S  # of one read
-    prefetch: str = Prefetch.PACK  # what is fetched unasked; see Prefetch
-    prefetch_rate: int = 0  # bytes of packs per second in the background; 0: no limit
-    boot_pack: tuple[str, ...] = ()  # names by preference, `boot_choice.AUTO` for any; () for none
-    trace: bool = False  # note which blocks are read
-    exact: bool = False  # the kernel is to ask for what is read and no more, for a trace
-    image_config: bool = False  # have the source image's config cached afterwards
-
-
-def read_options(value: dict[str, Any]) -> ReadOptions:
-    """From what `asdict` made of them and JSON of that. Raises TypeError."""
-    return ReadOptions(**{**value, "boot_pack": tuple(value.get("boot_pack", ()))})
 
 
 class Device:

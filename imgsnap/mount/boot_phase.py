@@ -7,9 +7,12 @@ are opened later.
 """
 
 import logging
+from typing import TYPE_CHECKING
 
-from imgsnap.blockstore.boot_stream import BootLoader
 from imgsnap.mount import attach
+
+if TYPE_CHECKING:
+    from imgsnap.blockstore.boot_stream import BootLoader
 
 READ_AHEAD_AFTER_KB = 128
 """The kernel's default."""
@@ -20,7 +23,7 @@ _log = logging.getLogger(__name__)
 class BootPhase:
     """Ask `check` every few seconds; it ends the phase once the pack is no longer used."""
 
-    def __init__(self, boot: BootLoader, bdi: str) -> None:
+    def __init__(self, boot: "BootLoader", bdi: str) -> None:
         """`bdi` is that of the mounted EROFS."""
         self._boot = boot
         self._bdi = bdi

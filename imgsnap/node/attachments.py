@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imgsnap.blockstore.store import ReadOptions, read_options
+from imgsnap.blockstore.read_options import ReadOptions, read_options
 from imgsnap.digest import Digest
 from imgsnap.errors import ImgsnapError
 from imgsnap.node.source import Source

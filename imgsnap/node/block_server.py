@@ -15,14 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from imgsnap.blockstore.cache_pins import Pin, boot_id, snapshot_parts, unpin, write_pin
-from imgsnap.blockstore.fetcher import DEFAULT_THREADS
+from imgsnap.blockstore.cache_pins import Part, Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.snapshot import Snapshot
-from imgsnap.blockstore.store import BlockStore, Device, read_options
+from imgsnap.blockstore.read_options import read_options
+from imgsnap.blockstore.store import BlockStore, Device
 from imgsnap.errors import ImgsnapError, NotFound, Unavailable
 from imgsnap.fuse import protocol
-from imgsnap.fuse.files import directory_node
+from imgsnap.fuse.files import DEVICE_FILE, directory_node
 from imgsnap.fuse.server import FuseServer
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import linux
@@ -56,7 +55,6 @@ class ServerSettings:
 
     places: ServerPlaces
     cache_dir: Path
-    fetch_threads: int = DEFAULT_THREADS
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
     pin_holder: str = ""  # attached snapshots are pinned in this name; "": not at all
 
@@ -77,15 +75,13 @@ class BlockServer:
         self._fd = device
         self._session = session
         self._listener = listener
-        self._store = BlockStore(
-            NodeCache(settings.cache_dir, quota=settings.cache_quota),
-            fetch_threads=settings.fetch_threads,
-        )
+        self._store = BlockStore(NodeCache(settings.cache_dir, quota=settings.cache_quota))
         self._repositories = Repositories(open_repository)
         self._table = AttachmentTable(settings.places.attachments)
         self._catalog = DeviceCatalog(self._table, self._store, self._repositories)
         self._starts: list[BootPhase] = []
         self._attaching = threading.Lock()
+        self._pinning = threading.Lock()
 
     def run(self, ready: int = -1) -> int:
         """Serves until the superblock is gone (EXIT_ENDED) or a signal ends it.
@@ -173,22 +169,25 @@ class BlockServer:
             exact=options.exact or (device.boot is not None and device.boot.found(BOOT_ANSWER_S)),
             options=options,
         )
+        parts = snapshot_parts(snapshot)  # the device may be closed by the next line
         with self._attaching:
-            if self._settings.pin_holder:
-                self._pin(snapshot)
             kept = self._catalog.add(attachment, device)
+        if self._settings.pin_holder:
+            # Beside the mount, which need not wait for the disk: until then it is leased.
+            threading.Thread(target=self._pin, args=(kept, parts), daemon=True).start()
         _log.info("attached %s", kept.manifest_digest)
         return kept.to_json()
 
-    def _pin(self, snapshot: Snapshot) -> None:
+    def _pin(self, attachment: Attachment, parts: frozenset[Part]) -> None:
         """What is attached must open again while the registry is away."""
-        parts, holder = snapshot_parts(snapshot), self._settings.pin_holder
-        try:
-            write_pin(
-                self._store.cache, Pin(snapshot.manifest.digest, holder, parts, boot_id(), {})
-            )
-        except ImgsnapError as error:
-            _log.warning("%s is not pinned: %s", snapshot.manifest.digest, error)
+        digest, holder = attachment.manifest_digest, self._settings.pin_holder
+        with self._pinning:
+            if self._table.by_id(attachment.id) is None:
+                return  # detached meanwhile
+            try:
+                write_pin(self._store.cache, Pin(digest, holder, parts, boot_id(), {}))
+            except (ImgsnapError, OSError) as error:
+                _log.warning("%s is not pinned: %s", digest, error)
 
     def _detach(self, args: dict[str, Any]) -> None:
         """Takes the device's name away; its bytes are served until the kernel forgets it."""
@@ -198,11 +197,14 @@ class BlockServer:
                 raise NotFound(f"{args['id']} is not attached")
             self._table.detach(attachment)
             if self._settings.pin_holder:
-                with suppress(NotFound):
+                with self._pinning, suppress(NotFound):
                     unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
         known = 0
         directory = directory_node(attachment.number)
-        for parent, name in ((directory, b"layer.erofs"), (protocol.ROOT_ID, args["id"].encode())):
+        for parent, name in (
+            (directory, DEVICE_FILE.encode()),
+            (protocol.ROOT_ID, args["id"].encode()),
+        ):
             try:
                 os.write(self._fd, protocol.inval_entry_notification(parent, name))
                 known += 1

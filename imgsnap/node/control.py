@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from imgsnap import __version__
-from imgsnap.blockstore.store import read_options
+from imgsnap.blockstore.read_options import read_options
 from imgsnap.errors import Busy, ImgsnapError, InvalidArgument, NotFound, Unavailable
 from imgsnap.mount import attach, linux, teardown
 from imgsnap.mount.linux import MountFlag
@@ -55,7 +55,6 @@ class Control:
             "mount": self.mount,
             "umount": self.umount,
             "attachments": self.attachments,
-            "statistics": self.statistics,
         }
 
     def status(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -84,11 +83,6 @@ class Control:
         for attachment in found:
             users = self.places.users(attachment["id"])
             attachment["users"] = len(list(users.iterdir())) if users.is_dir() else 0
-        return found
-
-    def statistics(self, args: dict[str, Any]) -> dict[str, Any]:
-        """The block server's counters, since it was started or replaced."""
-        found: dict[str, Any] = self._block("status")
         return found
 
     def _block(self, operation: str, timeout_s: float = CALL_TIMEOUT_S, **args: Any) -> Any:
@@ -217,8 +211,10 @@ class Control:
         """Takes back the mounts that a control process left half done when it was killed or
         replaced, and the users that no mount stands behind."""
         for record in list(self._records.all()):
-            half = record.state == STARTING and record.by_daemon
-            if half and (not record.server.alive or record.server_pid == os.getpid()):
+            # What has our own pid is our forerunner's, before it became this program.
+            own = record.server_pid == os.getpid()
+            dead = record.by_daemon and not record.server.alive
+            if record.state == STARTING and (own or dead):
                 with contextlib.suppress(ImgsnapError):
                     self._remove(record, lazy=True)
         known = {record.instance for record in self._records.all()}

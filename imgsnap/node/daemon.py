@@ -167,7 +167,7 @@ def upgrade(run_dir: Path) -> dict[str, object]:
     old = rpc.call(places.server.supervisor_socket, "status", timeout_s=5.0)
     rpc.call(places.server.supervisor_socket, "upgrade", timeout_s=5.0)
     os.kill(int(before["pid"]), signal.SIGUSR2)
-    deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
+    deadline = time.monotonic() + DRAIN_S + SUPERVISOR_TIMEOUT_S
     while time.monotonic() < deadline:
         time.sleep(0.02)
         try:

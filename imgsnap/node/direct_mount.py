@@ -24,13 +24,14 @@ from imgsnap.node.devices import OpenRepository
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions, claim
 from imgsnap.oci.cancellation import Cancellation
+from imgsnap.oci.locate import repository_name
+from imgsnap.oci.reference import parse_location
 from imgsnap.oci.repository import (
     ByteStream,
     Descriptor,
     Platform,
     RangeStream,
     RawManifest,
-    Repository,
 )
 
 _log = logging.getLogger(__name__)
@@ -90,8 +91,7 @@ def mount_direct(
     """
     try:
         cache = NodeCache(options.cache_dir, quota=options.cache_quota)
-        with closing(open_repository(source)) as repository:
-            found = find_direct(cache, repository, options.reference, options.platform)
+        found = find_direct(cache, source, options, open_repository)
     except (ImgsnapError, OSError) as error:
         _log.debug("not mounted directly: %s", error)
         return None
@@ -145,36 +145,39 @@ def _holder(record: MountRecord) -> str:
 
 
 def find_direct(
-    cache: NodeCache, repository: Repository, reference: str, platform: Platform | None
+    cache: NodeCache, source: Source, options: MountOptions, open_repository: OpenRepository
 ) -> DirectMount | None:
-    """The snapshot that `reference` names, if it can be mounted without a server; else None.
+    """The snapshot that `options` name, if it can be mounted without a server; else None.
 
     Everything that goes wrong means None: the server then meets it too, and reports it.
     """
+    reference, platform = options.reference, options.platform
+    name = repository_name(parse_location(source.location), source.store)
     try:
-        digest = _candidate(cache, repository, reference, platform)
+        digest = _candidate(cache, name, reference, platform)
         if digest is None:
             return None
         with ExitStack() as stack:
-            snapshot = open_snapshot(_Cached(repository.name), digest, cache, platform=platform)
+            snapshot = open_snapshot(_Cached(name), digest, cache, platform=platform)
             stack.callback(snapshot.close)
             device = open_direct(snapshot, cache)
             if device is None:
                 return None
             stack.callback(device.close)
             if reference != digest:
-                named = resolve_snapshot(repository, reference, cache, platform).manifest
+                with closing(open_repository(source)) as repository:
+                    named = resolve_snapshot(repository, reference, cache, platform).manifest
                 if named.descriptor.digest != digest:
                     return None
             stack.pop_all()
-            return DirectMount(snapshot, device, repository.name)
+            return DirectMount(snapshot, device, name)
     except (ImgsnapError, OSError) as error:
         _log.info("%s is not mounted directly: %s", reference, error)
         return None
 
 
 def _candidate(
-    cache: NodeCache, repository: Repository, reference: str, platform: Platform | None
+    cache: NodeCache, repository: str, reference: str, platform: Platform | None
 ) -> Digest | None:
     """What the reference is, or was when it was last asked about."""
     try:

@@ -49,9 +49,7 @@ def mount_snapshot(
     records = MountRecords(options.run_dir)
     server: ProcessId | None = None
     try:
-        settings = ServerSettings(
-            _places(record), options.cache_dir, options.fetch_threads, options.cache_quota
-        )
+        settings = ServerSettings(_places(record), options.cache_dir, options.cache_quota)
         server = _start_server(settings, record, open_repository, options.mount_timeout_s)
         record = record.with_server(server)
         attachment = _attach(settings.places, options, source)
@@ -141,11 +139,6 @@ def unmount(target: Path, run_dir: Path, *, lazy: bool = False) -> None:
         record.server.end(_ABORT_GRACE_S)
     teardown.remove_entry(records, record)
     teardown.remove_instance(record)
-
-
-def mounts(run_dir: Path) -> list[MountRecord]:
-    """The records of all mounts under a run directory; `record.server.alive` tells dead ones."""
-    return [record for record in MountRecords(run_dir).all() if record.state == MOUNTED]
 
 
 def _report(pipe: int, deadline: float) -> dict[str, Any]:

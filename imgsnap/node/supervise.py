@@ -46,6 +46,9 @@ _PRELOADED = (
     "http.client",
     "ssl",
     "urllib3",
+    "imgsnap.blockstore.boot_stream",
+    "imgsnap.formats.block_tree",
+    "imgsnap.formats.boot_pack",
     "imgsnap.oci.registry",
     "imgsnap.oci.layout",
 )
@@ -191,7 +194,6 @@ class NodeSupervisor:
                 connection,
                 {
                     "status": self._status,
-                    "replace": self._replace,
                     "upgrade": self._upgrade,
                     "stop": self._stop,
                 },
@@ -207,10 +209,6 @@ class NodeSupervisor:
             "cache": str(self._settings.cache_dir),
             "resends": self._held.session.resends,
         }
-
-    def _replace(self, args: dict[str, Any]) -> None:
-        """Another block server in the place of this one."""
-        self._supervisor.replace()
 
     def _upgrade(self, args: dict[str, Any]) -> None:
         """Becomes the program that is installed now, and so does the block server."""
@@ -253,14 +251,19 @@ def open_source(source: Source) -> Repository:
     return source.open(os.environ)
 
 
-def main(arguments: list[str]) -> int:
-    """0 at the end of the superblock; "check" only imports what a supervisor needs."""
+def preload() -> None:
+    """Imports what a block server needs."""
     for name in _PRELOADED:
         importlib.import_module(name)
-    if arguments == ["check"]:
-        return 0
-    run_dir, cache_dir = map(Path, arguments[:2])
-    cache_quota = int(arguments[2]) if arguments[2:] else None
+
+
+def run_supervisor(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> int:
+    """The process's whole life; 0 at the end of the superblock.
+
+    Raises Busy when another one runs, Unavailable for a block server that does not answer,
+    Unsupported, AccessDenied, OSError.
+    """
+    preload()
     places = NodePlaces(run_dir)
     linux.name_process("imgsnap-super")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -273,9 +276,21 @@ def main(arguments: list[str]) -> int:
         supervisor.start()
     except (ImgsnapError, OSError) as error:
         _log.error("cannot start: %s", error)
+        raise
+    return supervisor.run()
+
+
+def main(arguments: list[str]) -> int:
+    """`check` only imports what a supervisor needs."""
+    if arguments == ["check"]:
+        preload()
+        return 0
+    run_dir, cache_dir = map(Path, arguments[:2])
+    try:
+        return run_supervisor(run_dir, cache_dir, int(arguments[2]) if arguments[2:] else None)
+    except (ImgsnapError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    return supervisor.run()
 
 
 if __name__ == "__main__":

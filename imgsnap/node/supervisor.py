@@ -16,9 +16,9 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from imgsnap.fuse.session import FuseSession, negotiate
 from imgsnap.mount import attach
@@ -167,28 +167,32 @@ class Supervisor:
     def _start(self) -> None:
         """Forks a server, which asks the kernel for unanswered requests as soon as it reads."""
         try:
-            reader, writer = os.pipe2(os.O_CLOEXEC)
-        except OSError as error:
-            self._later(error)
+            child, ready = self._fork()
+        except (
+            OSError
+        ) as error:  # the machine is short of something: this process must outlast that
+            _log.error("cannot start a block server: %s", error)
+            self._failures += 1
+            self._back_off()
             return
-        try:
-            child = os.fork()
-        except OSError as error:
-            os.close(reader)
-            os.close(writer)
-            self._later(error)
-            return
-        if not child:
-            self._run_server(writer)
-        os.close(writer)
         self.starts += 1
-        self._adopt(ProcessId.of(child), reader, ours=True)
+        self._adopt(ProcessId.of(child), ready, ours=True)
 
-    def _later(self, error: OSError) -> None:
-        """The machine is short of something: this process must outlast that."""
-        _log.error("cannot start a block server: %s", error)
-        self._failures += 1
-        self._back_off()
+    def _fork(self) -> tuple[int, int]:
+        """A server's process and the reading end of its pipe. Raises OSError."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        with ExitStack() as its_own:
+            its_own.callback(os.close, writer)
+            try:
+                # Before the fork: a server that lives is never seen without its lock.
+                its_own.callback(os.close, lock_as_server(self._settings))
+                child = os.fork()
+            except OSError:
+                os.close(reader)
+                raise
+            if not child:
+                self._run_server(writer)
+        return child, reader
 
     def _back_off(self) -> None:
         delay = BACKOFF_FIRST_S * 2 ** min(self._failures - 1, 10) if self._failures else 0.0
@@ -271,7 +275,6 @@ class Supervisor:
             _set_oom_score(0)
             for fd in (*self._watched, *self.kept_from_servers):
                 os.close(fd)
-            lock_as_server(self._settings)
             server = BlockServer(
                 self._settings,
                 self._held.device,
@@ -287,9 +290,12 @@ class Supervisor:
             os._exit(status)
 
 
-def lock_as_server(settings: ServerSettings) -> None:
-    """Shows that a block server lives, until this process ends; see `server_lives`."""
-    fcntl.flock(_open_lock(settings), fcntl.LOCK_SH)
+def lock_as_server(settings: ServerSettings) -> int:
+    """A descriptor that shows that a block server lives, while any process has it open; see
+    `server_lives`. Raises OSError."""
+    fd = _open_lock(settings)
+    fcntl.flock(fd, fcntl.LOCK_SH)
+    return fd
 
 
 def server_lives(settings: ServerSettings) -> bool:
@@ -344,8 +350,3 @@ def _set_oom_score(score: int) -> None:
 
 def _late(child: _Child) -> bool:
     return time.monotonic() - child.started > READY_TIMEOUT_S
-
-
-def status_of(supervisor: Supervisor) -> dict[str, Any]:
-    server = supervisor.server
-    return {"pid": os.getpid(), "server": server.pid if server is not None else None}

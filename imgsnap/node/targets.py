@@ -5,8 +5,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from imgsnap.blockstore.fetcher import DEFAULT_THREADS
-from imgsnap.blockstore.store import ReadOptions
+from imgsnap.blockstore.read_options import ReadOptions
 from imgsnap.errors import AccessDenied, AlreadyExists, Busy, InvalidArgument, NotFound
 from imgsnap.mount import linux, teardown
 from imgsnap.mount.process import ProcessId
@@ -25,7 +24,6 @@ class MountOptions:
     platform: Platform | None = None  # None: this machine's, or whatever the snapshot is for
     read_write: bool = False
     rw_root: Path | None = None  # where changes are kept; None: <cache_dir>/rw
-    fetch_threads: int = DEFAULT_THREADS
     read: ReadOptions = field(default_factory=ReadOptions)
     mount_timeout_s: float = 300.0
     cache_quota: int | None = None  # bytes; None: the one kept with the cache

@@ -103,6 +103,21 @@ def open_repository(
     return _open_local(location)
 
 
+def repository_name(location: Location, store: Path) -> str:
+    """The `name` that the opened repository would have; nothing is imported or read for it."""
+    match location:
+        case RegistryLocation():
+            return f"{location.registry}/{location.repository}"
+        case StoreLocation():
+            return f"oci:{store}"
+        case LayoutLocation():
+            return f"oci:{location.path}"
+        case OciArchiveLocation():
+            return f"oci-archive:{location.path}"
+        case DockerArchiveLocation():
+            return f"docker-archive:{location.path}"
+
+
 def reference_of(location: Location) -> str:
     """The tag or digest that open_repository would return with the repository.
 

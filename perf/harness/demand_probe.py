@@ -13,7 +13,8 @@ from pathlib import Path
 
 from harness.product import open_places
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.store import BlockStore, ReadOptions
+from imgsnap.blockstore.read_options import ReadOptions
+from imgsnap.blockstore.store import BlockStore
 from imgsnap.oci.reference import parse_location
 
 FULL = 4 << 20

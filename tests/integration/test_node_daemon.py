@@ -344,7 +344,7 @@ def test_one_supervisor_only(node: Node, cli: Cli, snapshot, tmp_path):
     cli("mount", snapshot, tmp_path / "tree")
     supervisor, server = node.supervisor(), node.server()
     second = cli.any("daemon", "supervise")
-    assert second.code == 1 and "another supervisor" in second.err
+    assert second.code == 10 and "another supervisor" in second.err
     # One that does not answer is not dead.
     os.kill(server.pid, signal.SIGSTOP)
     try:

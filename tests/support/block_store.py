@@ -8,10 +8,11 @@ from pathlib import Path
 from imgsnap.blockstore.boot_stream import BootLoader
 from imgsnap.blockstore.fetcher import Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.read_options import ReadOptions
 from imgsnap.blockstore.reader import BlockReader
 from imgsnap.blockstore.snapshot import Snapshot
 from imgsnap.blockstore.statistics import Statistics
-from imgsnap.blockstore.store import BlockStore, ReadOptions
+from imgsnap.blockstore.store import BlockStore
 from imgsnap.oci.repository import Repository
 
 

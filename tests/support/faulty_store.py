@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.store import BlockStore, ReadOptions
+from imgsnap.blockstore.read_options import ReadOptions
+from imgsnap.blockstore.store import BlockStore
 from imgsnap.oci.auth import Authenticator
 from imgsnap.oci.connections import ConnectionOptions
 from imgsnap.oci.credentials import Credentials

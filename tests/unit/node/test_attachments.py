@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsnap.blockstore.store import ReadOptions
+from imgsnap.blockstore.read_options import ReadOptions
 from imgsnap.errors import ImgsnapError, InvalidArgument
 from imgsnap.node.attachments import Attachment, AttachmentTable
 from imgsnap.node.source import Source
