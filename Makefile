@@ -10,13 +10,20 @@ CMD ?=
 # How long `make stress` and `make fuzz` go on, each part of them.
 SECONDS ?= 60
 
-.PHONY: setup demo test check stress fuzz bench fmt clean
+.PHONY: setup setup-tests demo test check stress fuzz bench fmt clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml scripts/setup
 	scripts/setup $(VENV)
 	@touch $@
+
+# What only the tests run: a browser, containerd.
+setup-tests: $(VENV)/.installed-tests
+
+$(VENV)/.installed-tests: pyproject.toml scripts/setup
+	scripts/setup $(VENV) tests
+	@touch $(VENV)/.installed $@
 
 demo: setup
 	$(PY) demo/demo.py $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),--command '$(CMD)')
@@ -29,11 +36,11 @@ check: setup
 	$(VENV)/bin/lint-imports --no-cache
 	$(PY) -m pytest -q -n 2 tests/unit
 
-test: check
+test: setup-tests check
 	$(PY) -m pytest -q -n 2 tests/property tests/fuzz tests/integration
 
 # What takes long: every script in tests/stress, for SECONDS each.
-stress: setup
+stress: setup-tests
 	STRESS_SECONDS=$(SECONDS) $(PY) -m pytest -q --timeout 0 tests/stress
 
 # Every parser that a registry or a user reaches; what breaks one is kept in tests/fuzz/corpus.

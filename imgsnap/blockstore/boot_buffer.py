@@ -198,7 +198,7 @@ class BootBuffer:
             if not self._waiters or time.monotonic() - self._progress < PATIENCE_S:
                 return
             self._hopeful = False
-            self.counts.stalls += 1
+            self.counts.given_up += 1
             released = self._release()
         _call(released)
 

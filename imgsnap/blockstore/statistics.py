@@ -27,7 +27,7 @@ class PackCounts:
     used: int = 0  # of them, read at least once
     served: int = 0  # blocks in answers to reads
     waits: int = 0  # reads that waited for the pack
-    stalls: int = 0  # times that waiting readers were let go because nothing arrived
+    given_up: int = 0  # times that waiting readers were let go because nothing arrived
     failures: int = 0  # packs that were given up
 
     def as_dict(self) -> dict[str, int]:

@@ -212,3 +212,8 @@ def open_in_root(root: Path, path: str) -> int:
         return fd
     finally:
         os.close(directory)
+
+
+def mount_namespace() -> int:
+    """Tells whether another process sees the same mounts."""
+    return Path("/proc/self/ns/mnt").stat().st_ino

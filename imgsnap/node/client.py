@@ -1,18 +1,23 @@
-"""Mounting for commands: through the node daemon when it runs, else with a server of their own."""
+"""Mounting for commands: through the node daemon when it runs, else with a server of their own.
+
+What mounts by itself is imported only then: a command that asks the daemon starts twice as fast.
+"""
 
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgsnap.errors import NotFound, Unavailable
+from imgsnap.mount import linux
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
-from imgsnap.node import rpc, session
-from imgsnap.node.devices import OpenRepository
-from imgsnap.node.direct_mount import mount_direct
+from imgsnap.node import rpc
 from imgsnap.node.places import NodePlaces
-from imgsnap.node.source import Source
-from imgsnap.node.targets import MountOptions
+
+if TYPE_CHECKING:
+    from imgsnap.node.devices import OpenRepository
+    from imgsnap.node.source import Source
+    from imgsnap.node.targets import MountOptions
 
 CONNECT_TIMEOUT_S = 5.0
 
@@ -29,18 +34,25 @@ def find_daemon(run_dir: Path) -> dict[str, Any] | None:
     return status
 
 
-def mount(options: MountOptions, source: Source, open_repository: OpenRepository) -> MountRecord:
+def mount(
+    options: "MountOptions", source: "Source", open_repository: "OpenRepository"
+) -> MountRecord:
     """Mounts a snapshot on a directory; see `session.mount_snapshot` for what is raised.
 
-    A snapshot that is complete in the cache is mounted from its files, and nobody serves it.
-    Else the daemon is asked when it has the same cache and sees the same mounts as this process.
+    The daemon is asked when it has the same cache and sees the same mounts as this process. Who
+    mounts, takes a snapshot that is complete in the cache from its files: nobody serves it.
     """
-    direct = mount_direct(options, source, open_repository)
-    if direct is not None:
-        return direct
     status = find_daemon(options.run_dir)
-    if status is None or not _same_place(status, options):
-        return session.mount_snapshot(options, source, open_repository)
+    if status is not None and _same_place(status, options):
+        return _ask_daemon(options, source)
+    from imgsnap.node.direct_mount import mount_direct
+    from imgsnap.node.session import mount_snapshot
+
+    direct = mount_direct(options, source, open_repository)
+    return direct or mount_snapshot(options, source, open_repository)
+
+
+def _ask_daemon(options: "MountOptions", source: "Source") -> MountRecord:
     record = rpc.call(
         NodePlaces(Path(os.path.realpath(options.run_dir))).control_socket,
         "mount",
@@ -56,11 +68,9 @@ def mount(options: MountOptions, source: Source, open_repository: OpenRepository
     return MountRecord(**record)
 
 
-def _same_place(status: dict[str, Any], options: MountOptions) -> bool:
-    from imgsnap.node.control import mount_namespace
-
+def _same_place(status: dict[str, Any], options: "MountOptions") -> bool:
     cache = os.path.realpath(options.cache_dir)
-    return bool(status["cache"] == cache and status["namespace"] == mount_namespace())
+    return bool(status["cache"] == cache and status["namespace"] == linux.mount_namespace())
 
 
 def unmount(target: Path, run_dir: Path, cache_dir: Path, *, lazy: bool = False) -> None:
@@ -72,6 +82,8 @@ def unmount(target: Path, run_dir: Path, cache_dir: Path, *, lazy: bool = False)
     records = MountRecords(run_dir)
     record = records.get(records.id_of(target))
     if record is None or not record.by_daemon:
+        from imgsnap.node import session
+
         session.unmount(target, run_dir, lazy=lazy)
         return
     socket = NodePlaces(run_dir).control_socket

@@ -26,6 +26,7 @@ from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
 from imgsnap.node import rpc
 from imgsnap.node.attached_tree import mount_attached
 from imgsnap.node.attachments import Attachment
+from imgsnap.node.direct_mount import mount_direct, release
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions, claim
@@ -64,7 +65,7 @@ class Control:
             "version": __version__,
             "started": self._started,
             "cache": str(self._cache_dir),
-            "namespace": mount_namespace(),
+            "namespace": linux.mount_namespace(),
             "supervisor": self._supervisor(),
         }
 
@@ -102,17 +103,21 @@ class Control:
     def mount(self, args: dict[str, Any]) -> dict[str, Any]:
         """Shows a snapshot on a directory; the mount's record.
 
-        A snapshot is attached and its EROFS mounted once, however many directories show it: they
-        share its page cache.
+        One that is complete in the cache is mounted from its files. Any other is attached and its
+        EROFS mounted once, however many directories show it: they share its page cache.
         """
         wanted = self._options(args)
         with self._target_lock(MountRecords.id_of(Path(os.path.realpath(wanted.target)))):
             return self._mount(wanted, args)
 
     def _mount(self, wanted: MountOptions, args: dict[str, Any]) -> dict[str, Any]:
+        source = Source.from_json(args["source"])
+        direct = mount_direct(wanted, source, lambda found: found.open(os.environ))
+        if direct is not None:
+            return asdict(direct)
         options, record = claim(wanted)
         try:
-            record, attachment = self._attach(options, args, record)
+            record, attachment = self._attach(options, source, record)
             self._show(record, attachment)
             server = self._supervisor()
             if server is not None:
@@ -142,10 +147,9 @@ class Control:
             raise InvalidArgument(f"not a request to mount: {error}") from error
 
     def _attach(
-        self, options: MountOptions, args: dict[str, Any], record: MountRecord
+        self, options: MountOptions, source: Source, record: MountRecord
     ) -> tuple[MountRecord, Attachment]:
         """Attaches the snapshot and counts this mount among its users."""
-        source = Source.from_json(args["source"])
         for _ in range(3):
             attachment = Attachment.from_json(
                 self._block(
@@ -228,7 +232,9 @@ class Control:
     def _remove(self, record: MountRecord, *, lazy: bool) -> None:
         in_use = not teardown.unmount_gently(record, lazy=lazy)
         attachment_id = Path(record.device).parent.name if record.device else ""
-        if attachment_id:
+        if record.direct:
+            release(record)
+        elif attachment_id:
             self._leave(attachment_id, record.instance, lazy=lazy)
         teardown.remove_entry(self._records, record)
         teardown.remove_instance(record, keep_changes=in_use)
@@ -268,8 +274,3 @@ class Control:
             lock = self._locks.setdefault(attachment_id, threading.Lock())
         with lock:
             yield
-
-
-def mount_namespace() -> int:
-    """Tells whether another process sees the same mounts."""
-    return Path("/proc/self/ns/mnt").stat().st_ino

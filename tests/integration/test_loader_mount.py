@@ -109,7 +109,9 @@ def test_mount_read_unmount(site, repository, tree):
     assert listing(site.root / "mnt") == listing(tree)
     compare_in_parallel(tree, site.root / "mnt")
     assert memory_kib(server.pid, "VmRSS") - before < 40 << 10
-    assert [found.target for found, served in mounts(site.run_dir) if served] == [str(site.root / "mnt")]
+    assert [found.target for found, served in mounts(site.run_dir) if served] == [
+        str(site.root / "mnt")
+    ]
     assert record.server.alive
     assert Path(f"/proc/{record.server_pid}/comm").read_text() == "imgsnap-super\n"
     assert os.getsid(record.server_pid) != os.getsid(0)

@@ -18,12 +18,13 @@ import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
+
+from tests.support.registry_http import Answer, Handler, LogEntry, QuietServer, error
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 
@@ -70,39 +71,11 @@ class Switches:
     content_digest: str | None = None  # a false Docker-Content-Digest
 
 
-@dataclass(frozen=True)
-class LogEntry:
-    """One request as it arrived; `headers` have lower-case names, `server` is the origin's kind."""
-
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: dict[str, str]
-    status: int
-    server: str  # "registry" or "storage"
-
-
 @dataclass
 class _Repository:
     blobs: dict[str, bytes] = field(default_factory=dict)
     manifests: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Status, headers and body of an answer."""
-
-    status: int
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
-
-
-def error(status: int, code: str, message: str = "refused", **headers: str) -> Answer:
-    """A refusal as the distribution specification has it."""
-    body = json.dumps({"errors": [{"code": code, "message": message}]}).encode()
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Answer(status, {"Content-Type": "application/json", **named}, body)
 
 
 def digest_of(data: bytes) -> str:
@@ -204,11 +177,11 @@ class ScriptedRegistry:
     def _server(self, kind: str) -> ThreadingHTTPServer:
         registry = self
 
-        class Handler(_Handler):
+        class Bound(Handler):
             scripted = registry
             server_kind = kind
 
-        server = _QuietServer(("127.0.0.1", 0), Handler)
+        server = QuietServer(("127.0.0.1", 0), Bound)
         server.daemon_threads = True
         if self._tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -223,7 +196,7 @@ class ScriptedRegistry:
         with self._lock:
             return self._repositories.setdefault(name, _Repository())
 
-    def next_fault(self, request: "_Handler") -> str:
+    def next_fault(self, request: "Handler") -> str:
         """What happens to this request, if it asks for a blob; called with the lock held."""
         if request.command != "GET" or not self.faults:
             return ""
@@ -236,7 +209,7 @@ class ScriptedRegistry:
             self._signed.clear()
         return fault
 
-    def answer(self, request: "_Handler", body: bytes) -> Answer:
+    def answer(self, request: "Handler", body: bytes) -> Answer:
         """Decides what a request gets; called with the lock held."""
         url = urlsplit(request.path)
         query = parse_qs(url.query, keep_blank_values=True)
@@ -254,7 +227,7 @@ class ScriptedRegistry:
         return self._route(request, url.path, query, body)
 
     def _route(
-        self, request: "_Handler", path: str, query: dict[str, list[str]], body: bytes
+        self, request: "Handler", path: str, query: dict[str, list[str]], body: bytes
     ) -> Answer:
         parts = path.strip("/").split("/")
         if parts == ["v2"]:
@@ -267,7 +240,7 @@ class ScriptedRegistry:
                 return method(request, name, item, query, body)
         return error(404, "NAME_UNKNOWN")
 
-    def _refused(self, request: "_Handler") -> Answer | None:
+    def _refused(self, request: "Handler") -> Answer | None:
         said = request.headers.get("Authorization", "")
         if self.switches.auth == "basic":
             import base64
@@ -291,7 +264,7 @@ class ScriptedRegistry:
     def _scheme(self) -> str:
         return "https" if self._tls else "http"
 
-    def _token(self, request: "_Handler", query: dict[str, list[str]], body: bytes) -> Answer:
+    def _token(self, request: "Handler", query: dict[str, list[str]], body: bytes) -> Answer:
         import base64
 
         form = parse_qs(body.decode())
@@ -310,7 +283,7 @@ class ScriptedRegistry:
 
     def _blobs(
         self,
-        request: "_Handler",
+        request: "Handler",
         name: str,
         item: str,
         query: dict[str, list[str]],
@@ -334,7 +307,7 @@ class ScriptedRegistry:
             )
         return self._blob_answer(request, data, item)
 
-    def _signed_blob(self, path: str, request: "_Handler") -> Answer:
+    def _signed_blob(self, path: str, request: "Handler") -> Answer:
         target, uses, expires = self._signed.get(path, ("", 0, 0.0))
         # GHCR's storage refuses HEAD, and every signed URL refuses a foreign Authorization.
         if uses <= 0 or time.monotonic() > expires or request.command != "GET":
@@ -345,7 +318,7 @@ class ScriptedRegistry:
         name, _, digest = target.partition("@")
         return self._blob_answer(request, self._repository(name).blobs[digest], digest)
 
-    def _blob_answer(self, request: "_Handler", data: bytes, digest: str) -> Answer:
+    def _blob_answer(self, request: "Handler", data: bytes, digest: str) -> Answer:
         if digest in self.switches.corrupt:
             data = bytes([data[0] ^ 1]) + data[1:]
         headers = {"Content-Type": "application/octet-stream", "Docker-Content-Digest": digest}
@@ -369,7 +342,7 @@ class ScriptedRegistry:
 
     def _upload(
         self,
-        request: "_Handler",
+        request: "Handler",
         name: str,
         item: str,
         query: dict[str, list[str]],
@@ -415,7 +388,7 @@ class ScriptedRegistry:
 
     def _manifests(
         self,
-        request: "_Handler",
+        request: "Handler",
         name: str,
         item: str,
         query: dict[str, list[str]],
@@ -433,7 +406,7 @@ class ScriptedRegistry:
             raw += b"\n"
         return Answer(200, {"Content-Type": media_type, "Docker-Content-Digest": claimed}, raw)
 
-    def _put_manifest(self, request: "_Handler", name: str, item: str, body: bytes) -> Answer:
+    def _put_manifest(self, request: "Handler", name: str, item: str, body: bytes) -> Answer:
         place = self._repository(name)
         value = json.loads(body)
         digest = digest_of(body)
@@ -459,7 +432,7 @@ class ScriptedRegistry:
 
     def _tags(
         self,
-        request: "_Handler",
+        request: "Handler",
         name: str,
         item: str,
         query: dict[str, list[str]],
@@ -481,7 +454,7 @@ class ScriptedRegistry:
 
     def _referrers(
         self,
-        request: "_Handler",
+        request: "Handler",
         name: str,
         item: str,
         query: dict[str, list[str]],
@@ -526,138 +499,3 @@ FAULTS = (
     *("too many requests", "unavailable", "token expired", "redirects expired"),
 )
 """What can happen to one request for a blob."""
-
-
-def spoilt(answer: Answer, fault: str) -> Answer:
-    """An answer with what a fault does to it; faults of the connection are not its business."""
-    if fault == "truncate":
-        return replace(answer, body=answer.body[: len(answer.body) // 2])
-    if fault == "wrong range":
-        return replace(answer, headers={**answer.headers, "Content-Range": "bytes 1-2/3"})
-    if fault == "wrong bytes":
-        return replace(answer, body=answer.body[::-1])
-    if fault == "no such range":
-        return error(416, "BLOB_UNKNOWN")
-    if fault == "too many requests":
-        return error(429, "TOOMANYREQUESTS", Retry_After="0")
-    if fault == "unavailable":
-        return error(503, "UNAVAILABLE")
-    return answer
-
-
-class _QuietServer(ThreadingHTTPServer):
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients drop connections on purpose here."""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    scripted: ScriptedRegistry
-    server_kind: str
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    timeout = 30
-
-    def setup(self) -> None:
-        super().setup()
-        with self.scripted._lock:
-            self.scripted.connections += 1
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """The log is a list."""
-
-    def _serve(self) -> None:
-        registry = self.scripted
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        with registry._lock:
-            answer = registry.answer(self, body)
-            url = urlsplit(self.path)
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            registry.log.append(
-                LogEntry(
-                    self.command,
-                    url.path,
-                    parse_qs(url.query, keep_blank_values=True),
-                    headers,
-                    answer.status,
-                    self.server_kind,
-                )
-            )
-            switches = registry.switches
-            body_sent, dropped, stalled = answer.body, False, False
-            fault = registry.next_fault(self) if answer.status in (200, 206) else ""
-            answer = spoilt(answer, fault)
-            is_blob = self.command == "GET" and answer.headers.get("Content-Type") == (
-                "application/octet-stream"
-            )
-            if is_blob and switches.truncate_times > 0:
-                switches.truncate_times -= 1
-                body_sent = body_sent[:-1]
-            elif is_blob and switches.drop_times > 0:
-                switches.drop_times -= 1
-                dropped = True
-            elif is_blob and switches.stall_times > 0:
-                switches.stall_times -= 1
-                stalled = True
-        if fault == "delay":
-            time.sleep(0.05)
-        if fault == "hang up":
-            self.close_connection = True
-            return
-        if fault == "no HTTP":
-            self.wfile.write(b"what is this?\r\n\r\n")
-            self.close_connection = True
-            return
-        if fault == "stall" or (stalled and switches.stall_after is None):
-            self._stall()
-            return
-        if fault in ("drop", "stall in the middle"):
-            switches = replace(switches, drop_after=len(answer.body) // 2)
-            switches.stall_after = switches.drop_after
-            dropped, stalled = fault == "drop", fault != "drop"
-        body_sent = answer.body if fault else body_sent
-        self._send(answer, body_sent, dropped, switches, stalled)
-
-    def _stall(self) -> None:
-        """Holds the connection until the client closes it, the registry ends, or time is up."""
-        self.scripted.stalled.release()
-        self.close_connection = True
-        self.connection.settimeout(0.05)
-        for _ in range(600):
-            if self.scripted._closing.is_set():
-                return
-            try:
-                self.connection.recv(1)
-                return
-            except TimeoutError:
-                continue
-            except OSError:
-                return
-
-    def _send(
-        self, answer: Answer, body: bytes, dropped: bool, switches: Switches, stalled: bool = False
-    ) -> None:
-        self.send_response(answer.status)
-        for name, value in answer.headers.items():
-            self.send_header(name, value)
-        if switches.set_cookie:
-            self.send_header("Set-Cookie", "sid=harbor; Path=/")
-        if switches.warning:
-            self.send_header("Warning", switches.warning)
-        if answer.status != 204:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "HEAD":
-            return
-        if stalled:
-            self.wfile.write(body[: switches.stall_after])
-            self.wfile.flush()
-            self._stall()
-            return
-        if dropped:
-            self.wfile.write(body[: switches.drop_after])
-            self.wfile.flush()
-            self.close_connection = True
-            return
-        self.wfile.write(body)
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815

@@ -8,7 +8,9 @@ from imgsnap.oci.locate import RegistryOptions, open_repository, repository_name
 from imgsnap.oci.reference import parse_location
 
 
-@pytest.mark.parametrize("text", ["registry.example:5000/team/app:v1", "docker.io/library/busybox", "store:app:v1"])
+@pytest.mark.parametrize(
+    "text", ["registry.example:5000/team/app:v1", "docker.io/library/busybox", "store:app:v1"]
+)
 def test_the_name_is_that_of_the_opened_repository(tmp_path: Path, text: str) -> None:
     location, store = parse_location(text), tmp_path / "store"
     repository, _ = open_repository(
