@@ -26,6 +26,14 @@ def parse_digest(text: str, *, what: str = "digest") -> Digest:
     return Digest(text)
 
 
+def as_digest(text: str) -> Digest | None:
+    """The digest that a reference is, None for a tag."""
+    try:
+        return parse_digest(text)
+    except InvalidArgument:
+        return None
+
+
 def sha256_digest(data: bytes | memoryview) -> Digest:
     """The OCI digest of `data`."""
     return Digest("sha256:" + hashlib.sha256(data).hexdigest())

@@ -61,10 +61,22 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class How:
+    """What is mounted."""
+
+    pack: str | None  # as --boot-pack takes it
+    by_digest: bool = False  # as a snapshotter does, which has looked the digest up
+
+
+KINDS = {"no pack": How("none"), "pack": How(None), "pack by digest": How(None, by_digest=True)}
+
+
+@dataclass(frozen=True, slots=True)
 class Subject:
     """A published image with its boot pack."""
 
     image: Image
+    digest: str  # of its snapshot
     pack: dict[str, Any]  # what `imgsnap optimize` said
     local_s: float
 
@@ -107,22 +119,20 @@ def _checked_tools(arguments: argparse.Namespace) -> Path:
 
 def _measure(report: Report, runs: int, bench: "_Bench", subject: Subject, link: Link) -> None:
     name = f"{subject.image.name}, {link.label}"
-    kinds = {"no pack": "none", "pack": None}
     report.interleave(
-        runs,
-        {f"{name}, {kind}": partial(bench.start, subject, pack) for kind, pack in kinds.items()},
+        runs, {f"{name}, {kind}": partial(bench.start, subject, how) for kind, how in KINDS.items()}
     )
     report.interleave(
         1,
         {
-            f"{name}, {kind}, trips": partial(bench.trips, subject, pack)
-            for kind, pack in kinds.items()
+            f"{name}, {kind}, trips": partial(bench.trips, subject, how)
+            for kind, how in KINDS.items()
         },
     )
     limit = link.seconds(subject.pack["size"], TRIPS_MAX) + subject.local_s
-    for kind in kinds:
+    for kind, how in KINDS.items():
         label = f"{name}, {kind}"
-        aim = AIM_READY if kind == "pack" else None
+        aim = AIM_READY if how.pack is None else None
         report.figure(
             f"{label}: ready", report.median(label, "ready_s"), "s", "the limit", limit, aim
         )
@@ -165,7 +175,7 @@ class _Bench:
         client, door = self._client, self._registry.door
         source = push(image, door)
         reference = f"{door}/{image.name}-snapshot:perf"
-        client.convert(source, reference, "--plain-http")
+        _, converted = client.convert(source, reference, "--plain-http")
         trace = self._work / f"{image.name}.json"
         # Once for everything that only a first start writes or compiles, and once to be recorded.
         command = client.command("trace", "--plain-http", reference, "-o", trace)
@@ -183,13 +193,13 @@ class _Bench:
         with erofs(plain, self._work / "plain"):
             starts = [self._task(image, str(self._work / "plain"))["ready_s"] for _ in range(4)]
         plain.unlink()
-        return Subject(image, pack, sorted(starts[1:])[1])
+        return Subject(image, converted["digest"], pack, sorted(starts[1:])[1])
 
-    def start(self, subject: Subject, pack: str | None) -> Sample:
-        """A cold start; `pack` as --boot-pack takes it."""
+    def start(self, subject: Subject, how: How) -> Sample:
+        """A cold start."""
         self._cold()
         with node_daemon(self._client):
-            usage, task, counts = self._mounted(subject, pack, self._registry.address)
+            usage, task, counts = self._mounted(subject, how, self._registry.address)
         return {
             "ready_s": usage + task["ready_s"],
             "mount_s": usage,
@@ -199,23 +209,24 @@ class _Bench:
             "counts": counts,
         }
 
-    def trips(self, subject: Subject, pack: str | None) -> Sample:
+    def trips(self, subject: Subject, how: How) -> Sample:
         """The same through a proxy that tells what waited for what."""
         port = int(self._registry.address.rpartition(":")[2])
         with Recorder(port) as recorder:
             self._cold()
             with node_daemon(self._client):
-                self._mounted(subject, pack, f"127.0.0.1:{recorder.port}")
+                self._mounted(subject, how, f"127.0.0.1:{recorder.port}")
             counts = recorder.counts()
             lines = [exchange.line for exchange in recorder.exchanges]
         packs = sum("/blobs/" in line for line in lines)
         return {**counts, "blobs": packs, "lines": lines}
 
     def _mounted(
-        self, subject: Subject, pack: str | None, address: str
+        self, subject: Subject, how: How, address: str
     ) -> tuple[float, dict[str, Any], dict[str, Any]]:
-        reference = f"{address}/{subject.image.name}-snapshot:perf"
-        with mounted_by_daemon(self._client, reference, self._target, pack) as mount_s:
+        named = f"@{subject.digest}" if how.by_digest else ":perf"
+        reference = f"{address}/{subject.image.name}-snapshot{named}"
+        with mounted_by_daemon(self._client, reference, self._target, how.pack) as mount_s:
             task = self._task(subject.image, str(self._target))
             return mount_s, task, self._registry.counts()
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.snapshot_manifest import ManifestKind, manifest_kind
-from imgsnap.digest import Digest, parse_digest
-from imgsnap.errors import ImgsnapError, InvalidArgument, NotFound, Unavailable
+from imgsnap.digest import Digest, as_digest, parse_digest
+from imgsnap.errors import ImgsnapError, NotFound, Unavailable
 from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
 from imgsnap.oci.platforms import host_platform, matches
 from imgsnap.oci.repository import Descriptor, Platform, RawManifest, Repository
@@ -64,6 +64,16 @@ def remembered_snapshot(
 ) -> RawManifest | None:
     """What `resolve_snapshot` found last in the repository of this name, from the cache alone."""
     return _remembered(cache, _key(repository, reference, platform))
+
+
+def is_known(
+    repository: str, reference: str, cache: NodeCache, platform: Platform | None = None
+) -> bool:
+    """Whether this node has resolved the reference before: then it has the snapshot's parts too,
+    unless they were evicted."""
+    if cache.load_tag(_key(repository, reference, platform)) is not None:
+        return True
+    return _cached_manifest(cache, reference) is not None
 
 
 def _key(repository: str, reference: str, platform: Platform | None) -> str:
@@ -131,12 +141,9 @@ def _manifest(repository: Repository, reference: str, cache: NodeCache) -> RawMa
 
 
 def _cached_manifest(cache: NodeCache, reference: str) -> RawManifest | None:
-    try:
-        digest = parse_digest(reference)
-    except InvalidArgument:
-        return None
-    raw = cache.load_blob(digest)
-    return _raw_manifest(digest, raw) if raw is not None else None
+    digest = as_digest(reference)
+    raw = cache.load_blob(digest) if digest is not None else None
+    return _raw_manifest(digest, raw) if digest is not None and raw is not None else None
 
 
 def _raw_manifest(digest: Digest, raw: bytes) -> RawManifest:

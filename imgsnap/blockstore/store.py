@@ -8,11 +8,17 @@ from imgsnap.blockstore.fetcher import DEFAULT_THREADS, Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.read_options import Prefetch, ReadOptions
 from imgsnap.blockstore.reader import BlockReader
+from imgsnap.blockstore.resolve import is_known
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
+from imgsnap.digest import as_digest
 from imgsnap.oci.repository import Platform, Repository
 
 if TYPE_CHECKING:
     from imgsnap.blockstore.boot_stream import BootLoader
+
+
+REQUESTS_AT_ONCE = 5
+"""Config, metadata, chunk map, and the list of boot packs in two ways."""
 
 
 class Device:
@@ -50,13 +56,18 @@ class BlockStore:
     ) -> Device:
         """Opens the snapshot that a tag or digest names. Raises what `open_snapshot` raises.
 
-        Its boot pack is looked for while the snapshot's parts are fetched, and not at all when
-        everything is local.
+        Its boot pack is looked for while the snapshot's parts are fetched, or its manifest if the
+        digest says enough, and not at all when everything is local.
         """
         options = options or ReadOptions()
         boot = _boot_loader(repository, self.cache, options)
         snapshot: Snapshot | None = None
         try:
+            if not is_known(repository.name, reference, self.cache, platform):
+                repository.expect(REQUESTS_AT_ONCE)
+                digest = as_digest(reference)
+                if boot is not None and digest is not None:
+                    boot.start(digest)
             snapshot = open_snapshot(
                 repository,
                 reference,
@@ -67,7 +78,7 @@ class BlockStore:
             )
             reader = self.reader(snapshot, options, boot)
             if boot is not None:
-                boot.attach(snapshot.chunk_map, reader.has_local)
+                boot.attach(snapshot.manifest.digest, snapshot.chunk_map, reader.has_local)
                 if not reader.local:
                     boot.start(snapshot.manifest.digest, ask=False)
                 elif not boot.started:

@@ -15,8 +15,8 @@ from imgsnap.blockstore.direct import DirectDevice, open_direct
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.resolve import remembered_snapshot, resolve_snapshot
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
-from imgsnap.digest import Digest, parse_digest
-from imgsnap.errors import ImgsnapError, InvalidArgument, Unavailable
+from imgsnap.digest import Digest, as_digest, parse_digest
+from imgsnap.errors import ImgsnapError, Unavailable
 from imgsnap.mount import attach, teardown
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
 from imgsnap.mount.tree import show_tree
@@ -180,11 +180,11 @@ def _candidate(
     cache: NodeCache, repository: str, reference: str, platform: Platform | None
 ) -> Digest | None:
     """What the reference is, or was when it was last asked about."""
-    try:
-        return parse_digest(reference)
-    except InvalidArgument:
-        found = remembered_snapshot(repository, reference, cache, platform)
-        return found.descriptor.digest if found is not None else None
+    digest = as_digest(reference)
+    if digest is not None:
+        return digest
+    found = remembered_snapshot(repository, reference, cache, platform)
+    return found.descriptor.digest if found is not None else None
 
 
 class _Cached:
@@ -195,6 +195,9 @@ class _Cached:
 
     def _absent(self) -> NoReturn:
         raise Unavailable(f"{self.name} is not asked: not everything is in the node cache")
+
+    def expect(self, requests: int) -> None:
+        """Nothing is asked."""
 
     def manifest(self, reference: str) -> RawManifest:
         self._absent()

@@ -41,6 +41,7 @@ STATE_VARIABLE = "IMGSNAP_SUPERVISOR_STATE"
 PIN_HOLDER = "daemon"
 FUSE_NAME, BLOCK_NAME = "imgsnap-fuse", "imgsnap-block"
 _PRELOADED = (
+    "encodings.idna",
     "blake3",
     "zstandard",
     "http.client",
@@ -49,6 +50,8 @@ _PRELOADED = (
     "imgsnap.blockstore.boot_stream",
     "imgsnap.formats.block_tree",
     "imgsnap.formats.boot_pack",
+    "imgsnap.blockstore.touches",
+    "imgsnap.oci.mirrors",
     "imgsnap.oci.registry",
     "imgsnap.oci.layout",
 )

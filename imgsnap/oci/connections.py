@@ -3,10 +3,12 @@
 urllib3 and ssl cost about 0.1 s to import, so they are imported where the first pool is made.
 """
 
+import logging
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -29,6 +31,8 @@ POOL_SIZE = 32
 """Idle connections kept per host: as many as the fetcher has ranges in flight at most."""
 SEND_BLOCK_SIZE = 256 << 10
 """Bytes per read of an upload's file; urllib3's default of 16 KiB costs 16 times the calls."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,23 @@ class Connections:
                 self._managers[proxy, secure] = self._make(proxy, secure)
             return self._managers[proxy, secure]
 
+    def prepare(self, url: str, count: int) -> None:
+        """Connects in the background, so that `count` requests at once find open connections.
+
+        Spares them the round trips of a handshake. What fails is left to the requests to meet and
+        report. Not through a proxy, where connecting is more than that.
+        """
+        import urllib3
+
+        manager = self.manager_for(url)
+        if isinstance(manager, urllib3.ProxyManager):
+            return
+        pool = manager.connection_from_url(url)
+        # Idle ones come out first: nothing is opened for what is there.
+        for connection in [pool._get_conn() for _ in range(count)]:
+            run = partial(_connect, pool, connection)
+            threading.Thread(target=run, name="connect", daemon=True).start()
+
     def timeout(self, read_s: float) -> "urllib3.Timeout":
         """A request's own limit of silence, where it is shorter than the connection's."""
         import urllib3
@@ -172,6 +193,16 @@ class Connections:
         if self._tls is None:
             self._tls = _tls_context(self._options, self._ca_file)
         return self._tls
+
+
+def _connect(pool: "urllib3.HTTPConnectionPool", connection: Any) -> None:
+    try:
+        if connection.is_closed:
+            connection.connect()
+    except Exception as error:
+        connection.close()
+        _log.debug("no connection in advance: %s", error)
+    pool._put_conn(connection)
 
 
 def _cancellable(manager: "urllib3.PoolManager") -> "urllib3.PoolManager":

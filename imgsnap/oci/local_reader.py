@@ -71,6 +71,9 @@ class LocalReader:
         """The location as the user writes it, without a tag: ``oci:/path``."""
         return self._files.name
 
+    def expect(self, requests: int) -> None:
+        """Nothing is far away."""
+
     def manifest(self, reference: str) -> RawManifest:
         """The manifest or index with this name or digest.
 

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
@@ -140,6 +140,11 @@ class MirroredRepository:
     @property
     def name(self) -> str:
         return self._name
+
+    def expect(self, requests: int) -> None:
+        """Of the host that is asked first."""
+        with suppress(Unsupported):  # the requests will say it better
+            self._order(resolve=False)[0].repository.expect(requests)
 
     # Reads -----------------------------------------------------------------------------------
 

@@ -74,6 +74,9 @@ class RegistryRepository:
         """``registry/repository``."""
         return f"{self.transport.registry}/{self.repository}"
 
+    def expect(self, requests: int) -> None:
+        self.transport.prepare(requests)
+
     def url(self, kind: str, item: str) -> str:
         """The path of ``manifests``, ``blobs``, ``tags`` or ``referrers`` of this repository."""
         return f"/v2/{self.repository}/{kind}/{quote(item, safe=':/')}"

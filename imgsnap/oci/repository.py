@@ -106,6 +106,12 @@ class Repository(Protocol):
     def name(self) -> str:
         """For messages: ``registry.example/team/app`` or ``oci:/path``."""
 
+    def expect(self, requests: int) -> None:
+        """So many reads will be asked for at once, soon: what can be got ready for them is.
+
+        Returns at once, and raises nothing.
+        """
+
     def manifest(self, reference: str) -> RawManifest:
         """The manifest or index with this tag or digest; a digest is verified."""
 

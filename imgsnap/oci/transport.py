@@ -169,6 +169,11 @@ class Transport:
             return urlunsplit(("https", here.netloc, parts.path, parts.query, ""))
         return url
 
+    def prepare(self, requests: int) -> None:
+        """Opens connections for so many requests at once, in the background."""
+        with suppress(ImgsnapError):  # the requests will say it better
+            self._connections.prepare(self._endpoint.url(self.origin, f"{API}/"), requests)
+
     def close(self) -> None:
         """Closes idle connections."""
         self._connections.close()

@@ -1,5 +1,6 @@
 """Boot packs at attach: right bytes whatever the pack is, and one request where it is good."""
 
+import json
 import random
 import tempfile
 import time
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 
 from imgsnap.blockstore import boot_buffer, boot_stream
 from imgsnap.blockstore.boot_choice import AUTO
+from imgsnap.digest import sha256_digest
 from imgsnap.formats import boot_pack
+from imgsnap.oci.media_types import OCI_CONFIG, OCI_MANIFEST
+from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.units import BLOCK_SIZE
 from tests.support.block_store import OpenStore, open_store
 from tests.support.boot import (
@@ -27,6 +31,11 @@ from tests.support.boot import (
 from tests.support.snapshots import BuiltSnapshot, build_snapshot, random_device
 
 BLOCKS = 1500
+_CONFIG = {"mediaType": OCI_CONFIG, "digest": sha256_digest(b"{}"), "size": 2}
+IMAGE = json.dumps(
+    {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": _CONFIG, "layers": []}
+).encode()
+"""Of an ordinary image."""
 DEFAULT = (AUTO,)
 
 
@@ -71,10 +80,38 @@ def test_a_recorded_start_needs_one_request_more(tmp_path: Path) -> None:
         assert counts.blocks == len(recorded())
         # Chunks of zeros are no chunks to fetch, so the cache has them before the pack.
         assert counts.blocks * 0.9 < counts.used <= counts.blocks
-        assert counts.failures == counts.stalls == 0
+        assert counts.failures == counts.given_up == 0
         assert store.statistics.demand.requests == store.statistics.readahead.requests == 0
     assert repository.ranges == []
     assert repository.count("open") == repository.count("referrers") == 1
+
+
+def test_a_digest_says_enough_to_look_for_the_pack(tmp_path: Path) -> None:
+    class Waiting(PackRepository):
+        def manifest(self, reference: str) -> RawManifest:
+            wait_until(lambda: self.count("open") == 1)
+            return super().manifest(reference)
+
+    repository = Waiting(sample())
+    attach_pack(repository, sample(), pack())
+    with open_store(
+        repository, tmp_path, sample().manifest.descriptor.digest, boot_pack=DEFAULT
+    ) as store:
+        for block in recorded():
+            assert read(store, block) == device_bytes(sample(), block, 1)
+    assert repository.ranges == []
+
+
+def test_an_images_digest_leads_to_the_pack_of_its_snapshot(tmp_path: Path) -> None:
+    image = RawManifest(Descriptor(OCI_MANIFEST, sha256_digest(IMAGE), len(IMAGE)), IMAGE)
+    repository = PackRepository()
+    repository.add(sample(), tag="", subject=image.descriptor.digest)
+    repository.add_manifest(image)
+    attach_pack(repository, sample(), pack())
+    with open_store(repository, tmp_path, image.descriptor.digest, boot_pack=DEFAULT) as store:
+        for block in recorded():
+            assert read(store, block) == device_bytes(sample(), block, 1)
+    assert repository.ranges == []
 
 
 def test_what_the_pack_lacks_comes_as_ever(tmp_path: Path) -> None:
@@ -129,7 +166,7 @@ def test_a_stalled_stream_lets_its_readers_go(
     with open_store(repository, tmp_path, boot_pack=DEFAULT) as store:
         for block in recorded():
             assert read(store, block) == device_bytes(sample(), block, 1)
-        assert store.statistics.pack.stalls
+        assert store.statistics.pack.given_up
         assert repository.ranges
         repository.go_on.set()
 

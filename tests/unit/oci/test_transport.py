@@ -2,6 +2,8 @@
 
 import datetime
 import socket
+import time
+from contextlib import ExitStack, closing
 
 import pytest
 
@@ -334,3 +336,25 @@ def test_has_blob_does_not_follow_redirects(registry):
     assert repository.has_blob(BLOB)
     assert registry.requests(server="storage") == []
     repository.close()
+
+
+# Connections
+
+
+def test_requests_find_connections_that_were_opened_for_them(registry):
+    with closing(repository_at(registry.host)) as repository:
+        repository.expect(4)
+        deadline = time.monotonic() + 20
+        while registry.connections < 4 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.1)  # from accepted there to idle here
+        descriptor = descriptor_of(DATA)
+        with ExitStack() as held:
+            streams = [held.enter_context(repository.open_blob(descriptor)) for _ in range(4)]
+            assert [stream.read(10) for stream in streams] == [DATA[:10]] * 4
+        assert registry.connections == 4
+
+
+def test_connections_that_cannot_be_opened_are_no_matter():
+    with closing(repository_at("127.0.0.1:1")) as repository:
+        repository.expect(2)
