@@ -33,6 +33,7 @@ COMMANDS = {
     "pull": "Copy a snapshot from a registry to the local store",
     "push": "Copy a snapshot from the local store to a registry",
     "run": "Run a command with a snapshot as its root",
+    "snapshotter": "Run and look after the containerd snapshotter",
     "trace": "Record which blocks a start reads",
     "umount": "Unmount a snapshot",
     "version": "Print versions",
