@@ -29,6 +29,8 @@ from pathlib import Path
 
 import pytest
 
+from imgsnap.containerd.config import parse_version, snippet
+from imgsnap.oci.platforms import host_platform
 from tests.support.cli import REPOSITORY
 from tests.support.mounts import unmount
 
@@ -200,10 +202,16 @@ class Containerd:
             f'  address = "{self.socket}.t"',
         ]
         if self.snapshotter is not None:
-            lines += _snapshotter_lines(self.snapshotter, self.release.major, self.cri)
+            lines += self._snapshotter_lines(self.snapshotter)
         if self.cri:
             lines += self._cri_lines()
         return "\n".join(lines) + "\n"
+
+    def _snapshotter_lines(self, socket: Path) -> list[str]:
+        """As `imgsnap config containerd` prints them."""
+        version = parse_version(self.release.series)
+        root = self.work / "snapshotter"
+        return snippet(version, socket, root, str(host_platform())).splitlines()[1:]
 
     def _cri_lines(self) -> list[str]:
         """Registries, the pause image; pods use the host's network, so CNI finds nothing.
@@ -378,29 +386,3 @@ def _disabled(major: int) -> str:
     if major >= 2:
         names += ["io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"]
     return "[" + ", ".join(f'"{name}"' for name in names) + "]"
-
-
-def _snapshotter_lines(socket: Path, major: int, cri: bool) -> list[str]:
-    lines = [
-        "[proxy_plugins.imgsnap]",
-        '  type = "snapshot"',
-        f'  address = "{socket}"',
-    ]
-    if major < 2:
-        name = "io.containerd.grpc.v1.cri"
-        chosen = ['  snapshotter = "imgsnap"', "  disable_snapshot_annotations = false"]
-        return [*lines, f'[plugins."{name}".containerd]', *chosen] if cri else lines
-    lines += ["[proxy_plugins.imgsnap.exports]", '  enable_remote_snapshot_annotations = "true"']
-    for name in ("imgsnap", "overlayfs"):
-        lines += [
-            '[[plugins."io.containerd.transfer.v1.local".unpack_config]]',
-            f'  platform = "linux/{_architecture()}"',
-            f'  snapshotter = "{name}"',
-        ]
-    chosen = ['[plugins."io.containerd.cri.v1.images"]', '  snapshotter = "imgsnap"']
-    return [*lines, *chosen] if cri else lines
-
-
-def _architecture() -> str:
-    machine = os.uname().machine
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)
