@@ -18,6 +18,7 @@ COMMANDS = {
     "cat": "Print a file of a snapshot",
     "check": "Verify a snapshot, optionally against its source image",
     "completion": "Print a shell completion script",
+    "config": "Print configuration for other programs",
     "convert": "Convert an OCI image to a snapshot",
     "daemon": "Run and look after the node daemon",
     "doctor": "Say what this machine can do and what to install",
