@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.containerd import Containerd, release, running_containerd
-from tests.support.mounts import private_namespace
 from tests.support.snapshots_client import SnapshotsClient
 from tests.support.snapshotter import running_snapshotter
 
@@ -56,7 +55,7 @@ def containerd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Containerd]
 
 @pytest.fixture(params=SERVICES)
 def suite(request: pytest.FixtureRequest) -> Iterator[Suite]:
-    """In a mount namespace of its own, and a containerd namespace of its own."""
+    """In a containerd namespace of its own. Not in a mount namespace: gRPC's threads share ours."""
     service: str = request.param
     with tempfile.TemporaryDirectory(prefix="imgsnap-s-") as name:
         work = Path(name) / "work"
@@ -76,8 +75,7 @@ def _suite(service: str, socket: Path, snapshotter: str, work: Path) -> Iterator
     client = SnapshotsClient(socket, snapshotter, namespace=f"suite-{uuid.uuid4().hex}")
     mask = os.umask(0)
     try:
-        with private_namespace():
-            yield Suite(service, client, work)
+        yield Suite(service, client, work)
         _remove_all(client)
     finally:
         os.umask(mask)

@@ -1,4 +1,4 @@
-"""A port of containerd's core/snapshots/testsuite; a test's name is the original's in snake case."""
+"""A port of containerd's core/snapshots/testsuite, whose names are here in snake case."""
 
 import time
 from pathlib import Path
@@ -240,7 +240,7 @@ def test_walk(suite: Suite, filters: list[str], matches: str):
     "text", ["name=p", "name===p", "name==", "==p", "name==p,", "name==/p/", 'name=="p', "name p"]
 )
 def test_filters_that_are_refused(suite: Suite, text: str):
-    with code("INVALID_ARGUMENT"):
+    with code("INVALID_ARGUMENT", "UNKNOWN"):  # the latter from containerd 1.6
         suite.client.list(text)
 
 
@@ -435,7 +435,8 @@ def test_codes(suite: Suite):
         client.mounts("c1")
     with code("NOT_FOUND"):
         client.commit("x", "missing")
-    with code("FAILED_PRECONDITION"):
+    measures_first = () if suite.is_overlay else ("UNKNOWN",)  # containerd's native one
+    with code("FAILED_PRECONDITION", *measures_first):
         client.commit("x", "v1")
     with code("ALREADY_EXISTS"):
         client.commit("c1", "a2")

@@ -1,4 +1,4 @@
-"""Steps that change a tree, and trees as values to compare; as containerd's continuity/fs/fstest."""
+"""Steps that change a tree, and trees as values to compare; as continuity's fs/fstest in Go."""
 
 import os
 import shutil
