@@ -16,7 +16,7 @@ _SHORT = 12
 
 
 @click.command(short_help="Show what a mounted snapshot's reads waited for")
-@click.argument("mounted", metavar="MOUNT_DIR|SNAPSHOT")
+@click.argument("mounted", metavar="MOUNT_DIR|CONTAINER|SNAPSHOT")
 @click.option(
     "--format",
     "format_",
@@ -35,9 +35,9 @@ def command(
 ) -> None:
     """Show the timeline of a start: which reads waited, for which files, how long, for whom.
 
-    MOUNT_DIR is a directory that shows a snapshot (the rootfs of a container's bundle too),
-    SNAPSHOT the digest of one that the daemon has attached, or its beginning. JSON and HTML have
-    all stalls; text has the --top longest, by time.
+    MOUNT_DIR is a directory that shows a snapshot, CONTAINER the id of a running container or the
+    directory of its root, SNAPSHOT the digest of one that the daemon has attached; ids and digests
+    may be cut short. JSON and HTML have all stalls; text has the --top longest, by time.
     """
     from imgsnap.node.explain import explain
 

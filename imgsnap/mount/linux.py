@@ -117,6 +117,7 @@ class MountPoint(NamedTuple):
     target: Path
     fstype: str
     source: str
+    options: str  # the file system's own
 
 
 def mount_points() -> Iterator[MountPoint]:
@@ -125,9 +126,8 @@ def mount_points() -> Iterator[MountPoint]:
         before, _, after = line.partition(b" - ")
         fields, rest = before.split(b" "), after.split(b" ")
         target = Path(os.fsdecode(_unescape(fields[4])))
-        yield MountPoint(
-            fields[2].decode(), target, rest[0].decode(), os.fsdecode(_unescape(rest[1]))
-        )
+        source, options = (os.fsdecode(_unescape(field)) for field in rest[1:3])
+        yield MountPoint(fields[2].decode(), target, rest[0].decode(), source, options)
 
 
 def _unescape(field: bytes) -> bytes:

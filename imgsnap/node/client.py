@@ -44,7 +44,7 @@ def mount(
     """
     status = find_daemon(options.run_dir)
     if status is not None and _same_place(status, options):
-        return _ask_daemon(options, source)
+        return mount_by_daemon(options, source)
     from imgsnap.node.direct_mount import mount_direct
     from imgsnap.node.session import mount_snapshot
 
@@ -52,7 +52,8 @@ def mount(
     return direct or mount_snapshot(options, source, open_repository)
 
 
-def _ask_daemon(options: "MountOptions", source: "Source") -> MountRecord:
+def mount_by_daemon(options: "MountOptions", source: "Source") -> MountRecord:
+    """As `mount`, by the daemon and nobody else. Raises NobodyListens when none runs."""
     record = rpc.call(
         NodePlaces(Path(os.path.realpath(options.run_dir))).control_socket,
         "mount",

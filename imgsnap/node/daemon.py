@@ -9,7 +9,14 @@ import sys
 import time
 from pathlib import Path
 
-from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, NotFound, Unavailable
+from imgsnap.errors import (
+    AlreadyExists,
+    Busy,
+    ImgsnapError,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+)
 from imgsnap.mount import linux
 from imgsnap.mount.process import ProcessId
 from imgsnap.mount.records import MountRecords
@@ -26,6 +33,9 @@ DRAIN_S = 60.0
 """For calls under way before an upgrade: a mount may be waiting for a registry."""
 _END_GRACE_S = 10.0
 STATE_VARIABLE = "IMGSNAP_CONTROL_SOCKET"
+_OURS = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
+"""What systemd told this process, and not the ones it starts."""
+CONNECT_TIMEOUT_S = 5.0
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _log = logging.getLogger(__name__)
 
@@ -115,13 +125,14 @@ def ensure_supervisor(places: NodePlaces, cache_dir: Path, cache_quota: int | No
     try:
         rpc.call(places.server.supervisor_socket, "status", timeout_s=SUPERVISOR_TIMEOUT_S)
     except (rpc.NobodyListens, rpc.Interrupted):
-        _start_supervisor(places, cache_dir, cache_quota)
+        _start(command(places.run_dir, cache_dir, cache_quota), places.server.supervisor_socket)
 
 
-def _start_supervisor(places: NodePlaces, cache_dir: Path, cache_quota: int | None) -> None:
-    environ = {k: v for k, v in os.environ.items() if k != "NOTIFY_SOCKET"}
+def _start(program: list[str], socket: Path) -> None:
+    """Starts a process that outlives this one; returns when it answers at the socket."""
+    environ = {k: v for k, v in os.environ.items() if k not in _OURS}
     process = subprocess.Popen(
-        command(places.run_dir, cache_dir, cache_quota),
+        program,
         env=environ,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -132,19 +143,45 @@ def _start_supervisor(places: NodePlaces, cache_dir: Path, cache_quota: int | No
     deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            rpc.call(places.server.supervisor_socket, "status", timeout_s=1.0)
+            rpc.call(socket, "status", timeout_s=1.0)
         except Unavailable:
             if process.poll() is not None:
                 reason = process.stderr.read().decode() if process.stderr else ""
-                raise Unavailable(f"the supervisor does not start: {reason.strip()}") from None
+                raise Unavailable(f"{program[2]} does not start: {reason.strip()}") from None
             time.sleep(0.02)
         else:
             return
-    raise Unavailable("the supervisor does not answer")
+    raise Unavailable(f"{program[2]} does not answer")
 
 
 def _unblock() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
+
+
+def ensure_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> None:
+    """Starts a daemon, as a process of its own that stays, unless one answers.
+
+    Raises Unavailable when it does not come up, InvalidArgument when the one that runs has another
+    cache.
+    """
+    run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
+    socket = NodePlaces(run_dir).control_socket
+    try:
+        running = rpc.call(socket, "status", timeout_s=CONNECT_TIMEOUT_S)
+    except (rpc.NobodyListens, rpc.Interrupted):
+        _start(_program(run_dir, cache_dir, cache_quota), socket)
+        return
+    if running["cache"] != str(cache_dir):
+        raise InvalidArgument(
+            f"the daemon of {run_dir} has its cache in {running['cache']}",
+            hint="give both the same --cache-dir, or this one a --run-dir of its own",
+        )
+
+
+def _program(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> list[str]:
+    quota = [] if cache_quota is None else [str(cache_quota)]
+    program = [sys.executable, "-m", "imgsnap.node.daemon"]
+    return [*program, str(run_dir), str(cache_dir), *quota]
 
 
 def upgrade(run_dir: Path) -> dict[str, object]:
@@ -216,3 +253,18 @@ def _pid(path: Path) -> ProcessId | None:
         return ProcessId.of(int(rpc.call(path, "status", timeout_s=5.0)["pid"]))
     except (Unavailable, ProcessLookupError):
         return None
+
+
+def main(arguments: list[str]) -> int:
+    """`python -m imgsnap.node.daemon RUN CACHE [QUOTA]`, for `ensure_daemon`."""
+    run_dir, cache_dir = map(Path, arguments[:2])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        return run_daemon(run_dir, cache_dir, int(arguments[2]) if arguments[2:] else None)
+    except (ImgsnapError, OSError) as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

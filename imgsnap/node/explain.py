@@ -25,6 +25,7 @@ from imgsnap.formats.snapshot_config import SnapshotConfig, parse_config
 from imgsnap.mount.records import MountRecords
 from imgsnap.node import rpc
 from imgsnap.node.client import attachment_of_mount
+from imgsnap.node.containers import snapshot_mount_of
 from imgsnap.node.places import NodePlaces
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.units import BLOCK_SIZE
@@ -127,17 +128,19 @@ class Explanation:
 
 
 def find(run_dir: Path, name: str) -> Place:
-    """The device behind a mounted directory, or behind a digest that the daemon has attached.
+    """The device behind a mounted directory, a running container, or a digest that the daemon has
+    attached.
 
-    Raises NotFound, InvalidArgument for a digest that is short of one.
+    Raises NotFound, InvalidArgument for a digest or a container's id that is short of one.
     """
     run_dir = Path(os.path.realpath(run_dir))
     records = MountRecords(run_dir)
     record = records.get(records.id_of(Path(os.path.realpath(name))))
+    record = record or snapshot_mount_of(records, name)
     if record is not None and record.direct:
         return Place(Path(), "", record.target, direct=record.manifest_digest)
     if record is not None:
-        socket, attachment = attachment_of_mount(Path(name), run_dir)
+        socket, attachment = attachment_of_mount(Path(record.target), run_dir)
         return Place(socket, attachment, record.target)
     digest = _DIGEST.fullmatch(name)
     if digest is None or Path(name).exists():

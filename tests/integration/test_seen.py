@@ -8,9 +8,11 @@ import signal
 import socket
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 
+from imgsnap.mount import linux
 from imgsnap_cli.explain_html import page as html_page
 from tests.support.browser import dom
 from tests.support.cli import Cli
@@ -179,6 +181,30 @@ def test_explain_of_a_mount_with_a_server_of_its_own(cli: Cli, snapshot, registr
     found = cli("explain", tree, "--format", "json").json
     check_explanation(found, "/f03", registry.address)
     cli.fails(4, "explain", found["snapshot"])  # no daemon, so no names
+    cli("umount", tree)
+
+
+def test_explain_of_a_container_is_of_the_snapshot_beneath_it(
+    cli: Cli, snapshot, registry, tmp_path
+):
+    """As containerd's shims mount it: an overlay on <namespace>/<id>/rootfs."""
+    tree = tmp_path / "tree"
+    cli("mount", "--plain-http", snapshot, tree)
+    roots = [tmp_path / "default" / name / "rootfs" for name in ("c0ffee123456", "c0ffee654321")]
+    with ExitStack() as mounted:
+        for root in roots:
+            for name in ("rootfs", "upper", "work"):
+                (root.parent / name).mkdir(parents=True)
+            options = f"lowerdir={tree},upperdir={root.parent}/upper,workdir={root.parent}/work"
+            linux.mount("overlay", root, "overlay", linux.MountFlag(0), options)
+            mounted.callback(linux.umount, root, linux.UmountFlag(0))
+        (roots[0] / "f04").read_bytes()
+        for name in ("c0ffee123456", "c0ffee1", str(roots[1])):
+            found = cli("explain", name, "--format", "json").json
+            check_explanation(found, "/f04", registry.address)
+            assert found["target"] == str(tree)
+        assert "2 containers" in cli.fails(2, "explain", "c0ffee").err
+        cli.fails(4, "explain", "c0ffe")  # too short for an id
     cli("umount", tree)
 
 

@@ -1,0 +1,106 @@
+"""Snapshots shown on this node for containerd: mounted through the node daemon, each once.
+
+The daemon's block server outlives this process, and so do its mounts; what is shown is what the
+kernel has mounted below `<root>/devices`, so a new process knows it without asking anybody.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from imgsnap.digest import Digest, digest_hex
+from imgsnap.errors import NotFound
+from imgsnap.mount.records import MountRecords
+from imgsnap.node import client
+from imgsnap.node.daemon import ensure_daemon
+from imgsnap.node.places import NodePlaces
+from imgsnap.node.source import Source
+from imgsnap.node.targets import MountOptions
+from imgsnap.snapshotter.locks import KeyedLocks
+
+_log = logging.getLogger(__name__)
+
+SourceOf = Callable[[str, Digest], Source]
+"""Where a repository's snapshot comes from, with what reaching its registry needs."""
+
+
+class NodeDevices:
+    """Implements Devices. Safe for threads.
+
+    `options` say how snapshots are read; their reference and target are filled in.
+    """
+
+    def __init__(self, root: Path, options: MountOptions, source_of: SourceOf) -> None:
+        self._directory = root / "devices"
+        self._options = options
+        self._source_of = source_of
+        self._places = NodePlaces(Path(os.path.realpath(options.run_dir)))
+        self._records = MountRecords(self._places.run_dir)
+        self._locks = KeyedLocks()
+
+    def show(self, repository: str, snapshot: Digest) -> Path:
+        """Costs three system calls when it is shown already."""
+        target = self._target(snapshot)
+        if self._is_served(snapshot):
+            return target
+        with self._locks.hold(snapshot):
+            if not self._is_served(snapshot):
+                self._mount(repository, snapshot, target)
+        return target
+
+    def _is_served(self, snapshot: Digest) -> bool:
+        """Whether the directory shows the daemon's EROFS of now, or one without a daemon.
+
+        A daemon that lost its superblock, with supervisor and block server killed at once, mounts
+        anew: what was shown from the old one has errors for ever.
+        """
+        target = self._target(snapshot)
+        shown = _file_system(target)
+        if shown in (None, _file_system(target.parent)):
+            return False
+        if shown == _file_system(self._places.tree(digest_hex(snapshot))):
+            return True
+        record = self._records.get(self._records.id_of(target))
+        return record is not None and record.direct
+
+    def _mount(self, repository: str, snapshot: Digest, target: Path) -> None:
+        options = self._options
+        if _file_system(target) not in (None, _file_system(target.parent)):
+            _log.warning("%s lost its block server; showing it anew", snapshot)
+            client.unmount(target, options.run_dir, options.cache_dir, lazy=True)
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota)
+        client.mount_by_daemon(
+            replace(options, reference=snapshot, target=target),
+            self._source_of(repository, snapshot),
+        )
+        _log.info("%s of %s is shown on %s", snapshot, repository, target)
+
+    def release(self, snapshot: Digest) -> None:
+        target = self._target(snapshot)
+        with self._locks.hold(snapshot):
+            try:
+                client.unmount(target, self._options.run_dir, self._options.cache_dir)
+            except NotFound:
+                _log.info("%s was not shown any more", snapshot)
+            for path in (target, target.parent):
+                if path.is_dir():
+                    path.rmdir()
+
+    def shown(self) -> Iterator[Digest]:
+        """What was shown and not released, also before a restart of the machine."""
+        if self._directory.is_dir():
+            yield from (Digest(f"sha256:{entry.name}") for entry in self._directory.iterdir())
+
+    def _target(self, snapshot: Digest) -> Path:
+        return self._directory / digest_hex(snapshot) / "fs"
+
+
+def _file_system(path: Path) -> int | None:
+    """The device number of what is mounted there; None when there is no such directory."""
+    try:
+        return path.stat().st_dev
+    except FileNotFoundError:
+        return None
