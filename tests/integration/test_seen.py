@@ -203,7 +203,7 @@ def test_explain_of_a_container_is_of_the_snapshot_beneath_it(
             found = cli("explain", name, "--format", "json").json
             check_explanation(found, "/f04", registry.address)
             assert found["target"] == str(tree)
-        assert "2 containers" in cli.fails(2, "explain", "c0ffee").err
+        assert "2 containers" in cli.fails(2, "explain", "c0ffee")
         cli.fails(4, "explain", "c0ffe")  # too short for an id
     cli("umount", tree)
 
