@@ -14,6 +14,8 @@ from imgsnap.errors import ImgsnapError
 from imgsnap_cli.settings import Settings
 
 COMMANDS = {
+    "attach": "Attach a snapshot as a block source for VMs",
+    "attachments": "List attached snapshots",
     "cache": "Look after the node's cache: sizes, quota, pins, check",
     "cat": "Print a file of a snapshot",
     "check": "Verify a snapshot, optionally against its source image",
@@ -21,6 +23,7 @@ COMMANDS = {
     "config": "Print configuration for other programs",
     "convert": "Convert an OCI image to a snapshot",
     "daemon": "Run and look after the node daemon",
+    "detach": "Detach what was attached",
     "doctor": "Say what this machine can do and what to install",
     "du": "Show what a snapshot takes in its store",
     "explain": "Show what a mounted snapshot's reads waited for",

@@ -35,6 +35,7 @@ class ReadOptions:
     boot_pack: tuple[str, ...] = ()  # names by preference, `boot_choice.AUTO` for any; () for none
     trace: bool = False  # note which blocks are read
     exact: bool = False  # the kernel is to ask for what is read and no more, for a trace
+    disk: bool = False  # VMMs read the file itself, many of them: the kernel is to cache it
     image_config: bool = False  # have the source image's config cached afterwards
 
 

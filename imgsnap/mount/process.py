@@ -103,3 +103,36 @@ def _close_descriptors(keep: int) -> None:
         os.dup2(null, fd)
     os.closerange(3, keep)
     os.closerange(keep + 1, os.sysconf("SC_OPEN_MAX"))
+
+
+def processes_with_open(path: Path) -> list[int]:
+    """Processes that have a file open, or mapped without it; of this pid namespace, by number.
+
+    Kernel users, such as a loop device or EROFS, do not show here. Raises OSError.
+    """
+    wanted = path.stat()
+    identity = (wanted.st_dev, wanted.st_ino)
+    return sorted(
+        int(process.name)
+        for process in Path("/proc").iterdir()
+        if process.name.isdigit() and _has_open(process, path.name, identity)
+    )
+
+
+def _has_open(process: Path, name: str, identity: tuple[int, int]) -> bool:
+    for kind in ("fd", "map_files"):
+        try:
+            links = list((process / kind).iterdir())
+        except OSError:
+            continue  # it has ended, or is another user's
+        for link in links:
+            try:
+                # By name first: stat(2) may ask a file system that does not answer.
+                if link.readlink().name != name:
+                    continue
+                found = link.stat()
+            except OSError:
+                continue
+            if (found.st_dev, found.st_ino) == identity:
+                return True
+    return False

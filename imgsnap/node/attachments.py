@@ -23,6 +23,8 @@ from imgsnap.errors import ImgsnapError
 from imgsnap.node.source import Source
 
 RECORD_VERSION = 1
+DISK = ".disk"
+"""Ends the id of an attachment whose file VMMs read, beside one that EROFS is mounted from."""
 ID_LENGTH_MAX = 128
 
 

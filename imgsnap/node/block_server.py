@@ -19,6 +19,7 @@ from imgsnap.blockstore.cache_pins import Part, Pin, boot_id, snapshot_parts, un
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.read_options import read_options
 from imgsnap.blockstore.store import BlockStore, Device
+from imgsnap.digest import digest_hex
 from imgsnap.errors import ImgsnapError, NotFound, Unavailable
 from imgsnap.fuse import protocol
 from imgsnap.fuse.files import DEVICE_FILE, directory_node
@@ -26,7 +27,7 @@ from imgsnap.fuse.server import FuseServer
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import linux
 from imgsnap.mount.boot_phase import BootPhase
-from imgsnap.node.attachments import Attachment, AttachmentTable
+from imgsnap.node.attachments import DISK, Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
 from imgsnap.node.process_usage import process_usage
@@ -159,14 +160,14 @@ class BlockServer:
         snapshot = device.snapshot
         attachment = Attachment(
             number=0,
-            id=snapshot.manifest.digest.partition(":")[2],
+            id=digest_hex(snapshot.manifest.digest) + (DISK if options.disk else ""),
             source=source,
             repository=snapshot.repository.name,
             manifest_digest=snapshot.manifest.digest,
             config_digest=snapshot.manifest.config.digest,
             size=snapshot.size,
             local=device.reader.local,
-            exact=options.exact or (device.boot is not None and device.boot.found(BOOT_ANSWER_S)),
+            exact=not options.disk and (options.exact or _has_boot_pack(device)),
             options=options,
         )
         parts = snapshot_parts(snapshot)  # the device may be closed by the next line
@@ -277,6 +278,10 @@ class BlockServer:
         """The FUSE device and the listening socket, for a supervisor whose forerunner died."""
         known = {"pid": os.getpid(), "session": self._session._asdict()}
         return Answer(known, (self._fd, self._listener.fileno()))
+
+
+def _has_boot_pack(device: Device) -> bool:
+    return device.boot is not None and device.boot.found(BOOT_ANSWER_S)
 
 
 def start_log(path: Path) -> None:

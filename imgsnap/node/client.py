@@ -69,6 +69,28 @@ def mount_by_daemon(options: "MountOptions", source: "Source") -> MountRecord:
     return MountRecord(**record)
 
 
+def attach(options: "MountOptions", source: "Source") -> dict[str, Any]:
+    """Has a snapshot's device served as a file for VMMs: `path`, `device_size`, `id` and what else
+    an attachment's record has.
+
+    A daemon is started when none runs, and stays. Raises what attaching raises, InvalidArgument
+    for a daemon with another cache.
+    """
+    from imgsnap.node.daemon import ensure_daemon
+
+    ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota)
+    found: dict[str, Any] = rpc.call(
+        NodePlaces(Path(os.path.realpath(options.run_dir))).control_socket,
+        "attach",
+        timeout_s=options.mount_timeout_s,
+        source=source.to_json(),
+        reference=options.reference,
+        platform=str(options.platform) if options.platform else None,
+        options=asdict(options.read),
+    )
+    return found
+
+
 def _same_place(status: dict[str, Any], options: "MountOptions") -> bool:
     cache = os.path.realpath(options.cache_dir)
     return bool(status["cache"] == cache and status["namespace"] == linux.mount_namespace())

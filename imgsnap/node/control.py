@@ -21,20 +21,26 @@ from imgsnap.errors import Busy, ImgsnapError, InvalidArgument, NotFound, Unavai
 from imgsnap.mount import attach, linux, teardown
 from imgsnap.mount.linux import MountFlag
 from imgsnap.mount.overlay import WritableLayer, mount_overlay
-from imgsnap.mount.process import ProcessId
+from imgsnap.mount.process import ProcessId, processes_with_open
 from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
 from imgsnap.node import rpc
 from imgsnap.node.attached_tree import mount_attached
 from imgsnap.node.attachments import Attachment
+from imgsnap.node.devices import DEVICE_ALIGNMENT
 from imgsnap.node.direct_mount import mount_direct, release
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions, claim
 from imgsnap.oci.platforms import parse_platform
+from imgsnap.units import align_up
 
 ATTACH_TIMEOUT_S = 300.0
 CALL_TIMEOUT_S = 20.0
 _SUPERVISOR_WAIT_S = 0.05
+_ATTEMPTS = 3
+"""At an attachment whose last user goes at the same time."""
+_ATTACHED = "attached"
+"""The user that stands for `imgsnap attach`."""
 _log = logging.getLogger(__name__)
 
 
@@ -55,6 +61,8 @@ class Control:
             "status": self.status,
             "mount": self.mount,
             "umount": self.umount,
+            "attach": self.attach,
+            "detach": self.detach,
             "attachments": self.attachments,
         }
 
@@ -83,7 +91,14 @@ class Control:
         found: list[dict[str, Any]] = self._block("list")
         for attachment in found:
             users = self.places.users(attachment["id"])
-            attachment["users"] = len(list(users.iterdir())) if users.is_dir() else 0
+            names = [path.name for path in users.iterdir()] if users.is_dir() else []
+            device = self.places.server.device(attachment["id"])
+            attachment |= {
+                "users": len(names),
+                "attached": _ATTACHED in names,
+                "path": str(device),
+                "device_size": align_up(attachment["size"], DEVICE_ALIGNMENT),
+            }
         return found
 
     def _block(self, operation: str, timeout_s: float = CALL_TIMEOUT_S, **args: Any) -> Any:
@@ -97,6 +112,57 @@ class Control:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_SUPERVISOR_WAIT_S)
+
+    # Attaching -------------------------------------------------------------------------------
+
+    def attach(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Serves a snapshot's device as a file for VMMs, until `detach`; as `attachments` has it.
+
+        Once for all of them: who attaches it again gets the same file.
+        """
+        source = Source.from_json(args["source"])
+        options = replace(self._options({**args, "target": "/"}), run_dir=self._run_dir)
+        options = replace(options, read=replace(options.read, disk=True))
+        for _ in range(_ATTEMPTS):
+            attachment = self._attached(options, source)
+            with self._lock(attachment.id):
+                users = self.places.users(attachment.id)
+                users.mkdir(parents=True, exist_ok=True, mode=0o700)
+                (users / _ATTACHED).touch()
+                if self.places.server.device(attachment.id).exists():
+                    return self._described(attachment)
+        raise Busy(f"{options.reference} is being detached by others")
+
+    def detach(self, args: dict[str, Any]) -> None:
+        """Takes an attached device's file away. Raises NotFound; Busy while a process has it open,
+        unless `lazy`: such processes then read on."""
+        attachment_id = str(args["id"])
+        device = self.places.server.device(attachment_id)
+        if "/" in attachment_id or not (self.places.users(attachment_id) / _ATTACHED).exists():
+            raise NotFound(f"{attachment_id[:100]} is not attached", hint="imgsnap attachments")
+        users = [] if args.get("lazy") else processes_with_open(device)
+        if users:
+            raise Busy(
+                f"{device} is open in process {users[0]}",
+                hint="end what uses it, or detach it with --lazy",
+            )
+        self._leave(attachment_id, _ATTACHED, lazy=True)
+
+    def _attached(self, options: MountOptions, source: Source) -> Attachment:
+        return Attachment.from_json(
+            self._block(
+                "attach",
+                ATTACH_TIMEOUT_S,
+                source=source.to_json(),
+                reference=options.reference,
+                platform=str(options.platform) if options.platform else None,
+                options=asdict(options.read),
+            )
+        )
+
+    def _described(self, attachment: Attachment) -> dict[str, Any]:
+        path = self.places.server.device(attachment.id)
+        return {**attachment.to_json(), "path": str(path), "device_size": path.stat().st_size}
 
     # Mounting --------------------------------------------------------------------------------
 
@@ -150,17 +216,8 @@ class Control:
         self, options: MountOptions, source: Source, record: MountRecord
     ) -> tuple[MountRecord, Attachment]:
         """Attaches the snapshot and counts this mount among its users."""
-        for _ in range(3):
-            attachment = Attachment.from_json(
-                self._block(
-                    "attach",
-                    ATTACH_TIMEOUT_S,
-                    source=source.to_json(),
-                    reference=options.reference,
-                    platform=str(options.platform) if options.platform else None,
-                    options=asdict(options.read),
-                )
-            )
+        for _ in range(_ATTEMPTS):
+            attachment = self._attached(options, source)
             device = self.places.server.device(attachment.id)
             record = replace(
                 record,
@@ -221,7 +278,7 @@ class Control:
             if record.state == STARTING and (own or dead):
                 with contextlib.suppress(ImgsnapError):
                     self._remove(record, lazy=True)
-        known = {record.instance for record in self._records.all()}
+        known = {_ATTACHED, *(record.instance for record in self._records.all())}
         users = self.places.users("")
         for attachment in users.iterdir() if users.is_dir() else ():
             for instance in [path.name for path in attachment.iterdir()]:

@@ -12,9 +12,13 @@ from imgsnap.fuse.files import FetchDone
 from imgsnap.node.attachments import Attachment, AttachmentTable
 from imgsnap.node.source import Source
 from imgsnap.oci.repository import Repository
+from imgsnap.units import MIB, align_up
 
 OPENING_MAX = 8
 """Snapshots opened at once: after a restart every one that is in use is asked for."""
+
+DEVICE_ALIGNMENT = 2 * MIB
+"""Of the size of a device's file: virtio-pmem maps whole huge pages."""
 
 OpenRepository = Callable[[Source], Repository]
 _log = logging.getLogger(__name__)
@@ -48,7 +52,8 @@ class ServedDevice:
 
     def __init__(self, attachment: Attachment, open_device: Callable[[Attachment], Device]) -> None:
         self.attachment = attachment
-        self.size = attachment.size
+        self.size = align_up(attachment.size, DEVICE_ALIGNMENT)
+        """Zeros follow the snapshot."""
         self.exact = attachment.exact
         self.device: Device | None = None
         self._open_device = open_device
@@ -58,12 +63,21 @@ class ServedDevice:
 
     def read_into(self, view: memoryview, offset: int) -> bool:
         device = self.device
-        return device is not None and device.reader.read_into(view, offset)
+        if device is None:
+            return False
+        if offset + len(view) <= self.attachment.size:
+            return device.reader.read_into(view, offset)
+        inside = max(0, self.attachment.size - offset)
+        view[inside:] = bytes(len(view) - inside)
+        return not inside or device.reader.read_into(view[:inside], offset)
 
     def fetch(self, offset: int, length: int, done: FetchDone) -> None:
         device = self.device
         if device is not None:
-            device.reader.fetch(offset, length, done)
+            # What is all padding needs no fetch: read_into has answered it.
+            inside = min(length, self.attachment.size - offset)
+            padded = done if inside == length else _padded(done, length)
+            device.reader.fetch(offset, inside, padded)
             return
 
         def opened(error: BaseException | None) -> None:
@@ -113,10 +127,10 @@ class ServedDevice:
         device: Device | None = None
         try:
             device = self._open_device(self.attachment)
-            if device.reader.size != self.size:
+            if device.reader.size != self.attachment.size:
                 raise IntegrityError(
                     f"{self.attachment.manifest_digest} is {device.reader.size} bytes now; "
-                    f"it was {self.size} when it was attached"
+                    f"it was {self.attachment.size} when it was attached"
                 )
         except BaseException as error:
             failure = error
@@ -135,6 +149,17 @@ class ServedDevice:
         device, self.device = self.device, None
         if device is not None:
             device.close()
+
+
+def _padded(done: FetchDone, length: int) -> FetchDone:
+    """Adds zeros to what was fetched, up to a length."""
+
+    def fetched(data: memoryview | None, error: BaseException | None) -> None:
+        if data is not None:
+            data = memoryview(bytes(data) + bytes(length - len(data)))
+        done(data, error)
+
+    return fetched
 
 
 class DeviceCatalog:

@@ -1,0 +1,68 @@
+"""imgsnap attach"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from imgsnap_cli.output import print_json
+from imgsnap_cli.places import (
+    Places,
+    boot_pack_names,
+    boot_pack_option,
+    platform_option,
+    reading,
+    reading_flags,
+    registry_flags,
+)
+from imgsnap_cli.settings import Settings
+
+
+@click.command(short_help="Attach a snapshot as a block source for VMs")
+@click.argument("ref")
+@boot_pack_option
+@platform_option
+@reading_flags
+@click.option(
+    "--format",
+    "format_",
+    type=click.Choice(["path", "json"]),
+    default="path",
+    show_default=True,
+    help="What to print",
+)
+@registry_flags
+@click.pass_obj
+def command(
+    settings: Settings,
+    /,
+    ref: str,
+    boot_pack: str | None,
+    platform: str | None,
+    prefetch: str,
+    prefetch_rate: str | None,
+    format_: str,
+    **flags: Any,
+) -> None:
+    """Attach the snapshot REF: a read-only file that any number of VMs use as their root disk.
+
+    Bytes are fetched as they are read. The file's size is a multiple of 2 MiB. It stays until
+    `imgsnap detach`; a node daemon serves it, and is started if none runs.
+    """
+    from imgsnap.node.client import attach
+
+    places = Places(settings, flags)
+    read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate)
+    found = attach(*places.mount_arguments(ref, Path("/"), platform, False, read)[:2])
+    if format_ == "path":
+        click.echo(found["path"])
+    else:
+        print_json(
+            {
+                "id": found["id"],
+                "path": found["path"],
+                "size": found["device_size"],
+                "repository": found["repository"],
+                "digest": found["manifest_digest"],
+            }
+        )

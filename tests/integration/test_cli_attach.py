@@ -1,0 +1,88 @@
+"""`imgsnap attach`: a snapshot as a file for VMMs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from imgsnap.mount import linux
+from imgsnap.mount.linux import MountFlag, UmountFlag
+from imgsnap.units import MIB
+from tests.support.cli import Cli
+from tests.support.image_builder import image, write_layout
+from tests.support.node import Node, node_daemon, wait_for
+from tests.support.samples import many_files, noise
+
+pytestmark = pytest.mark.root
+
+FILES, SIZE = 8, 300_000
+
+
+@pytest.fixture
+def node(cli: Cli):
+    with node_daemon(cli) as running:
+        yield running
+
+
+@pytest.fixture
+def snapshot(cli: Cli, tmp_path):
+    write_layout(tmp_path / "image", image(many_files(size=SIZE, count=FILES)))
+    cli.convert(f"oci:{tmp_path}/image", "store:app")
+    return "store:app"
+
+
+def test_the_file_is_the_device_and_zeros(node: Node, cli: Cli, snapshot, tmp_path):
+    found = cli("attach", snapshot, "--format", "json").json
+    path = Path(found["path"])
+    assert path.name == "layer.erofs"
+    assert path.stat().st_size == found["size"] and found["size"] % (2 * MIB) == 0
+    (known,) = cli("daemon", "status", "--format", "json").json["attachments"]
+    raw = path.read_bytes()
+    assert len(raw) == found["size"] > known["size"] and not any(raw[known["size"] :])
+    target = tmp_path / "disk"
+    target.mkdir()
+    linux.mount(str(path), target, "erofs", MountFlag.RDONLY)
+    try:
+        for number in range(FILES):
+            assert (target / f"f{number:02}").read_bytes() == noise(SIZE, number)
+    finally:
+        linux.umount(target, UmountFlag(0))
+    assert cli("attach", snapshot).out.strip() == str(path), "one for all"
+    assert [a["id"] for a in cli("attachments", "--format", "json").json["attachments"]] == [
+        found["id"]
+    ]
+    cli("detach", found["id"][:12])
+    assert not path.exists() and cli("attachments", "--format", "json").json["attachments"] == []
+
+
+def test_detach_waits_for_nobody_and_takes_nothing_away(node: Node, cli: Cli, snapshot, tmp_path):
+    path = cli("attach", snapshot).out.strip()
+    tree = tmp_path / "tree"
+    cli("mount", snapshot, tree)  # beside it, with a page cache of its own
+    with open(path, "rb", buffering=0) as file:
+        first = file.read(4096)
+        assert str(os.getpid()) in cli.fails(10, "detach", path)
+        cli("detach", "--lazy", path)
+        assert not Path(path).exists()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert os.pread(file.fileno(), 4096, 0) == first
+    assert (tree / "f01").read_bytes() == noise(SIZE, 1)
+    cli("umount", tree)
+    cli.fails(4, "detach", path)
+
+
+def test_a_killed_server_is_no_matter_for_who_reads_the_file(node: Node, cli: Cli, snapshot):
+    path = cli("attach", snapshot).out.strip()
+    whole = Path(path).read_bytes()
+    with open(path, "rb", buffering=0) as file:
+        node.kill(node.server())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read() == whole
+    wait_for(node.server, "the next server")
+    cli("detach", path)
+
+
+def test_what_is_refused(node: Node, cli: Cli, snapshot):
+    cli.fails(4, "attach", "store:missing")
+    cli.fails(4, "detach", "0" * 64)
+    cli.fails(4, "detach", "../..")
