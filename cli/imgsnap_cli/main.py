@@ -34,6 +34,7 @@ COMMANDS = {
     "pull": "Copy a snapshot to the local store, or an image with one to containerd",
     "push": "Copy a snapshot from the local store to a registry",
     "run": "Run a command with a snapshot as its root",
+    "snapshotter": "Run and look after the containerd snapshotter",
     "trace": "Record which blocks a start reads",
     "umount": "Unmount a snapshot",
     "version": "Print versions",

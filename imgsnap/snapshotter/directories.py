@@ -22,6 +22,8 @@ from imgsnap.errors import InvalidArgument, NotFound
 from imgsnap.mount import linux
 from imgsnap.snapshotter.rows import Usage
 
+SNAPSHOTS = "snapshots"
+REMOVED = "removed"
 _FORBIDDEN = re.compile(r'[,:\\"\s]')
 _NEW = "new-"
 _log = logging.getLogger(__name__)
@@ -40,8 +42,8 @@ class Directories:
                 f"{str(root)!r}: a snapshotter's directory is an absolute path without blanks, "
                 "commas, colons, quotes and backslashes"
             )
-        self._snapshots = root / "snapshots"
-        self._removed = root / "removed"
+        self._snapshots = root / SNAPSHOTS
+        self._removed = root / REMOVED
         self._emptying = threading.Lock()
         for directory in (self._snapshots, self._removed):
             directory.mkdir(mode=0o700, exist_ok=True)

@@ -79,6 +79,15 @@ class Row:
         return self.claim is None or self.claim.materialised
 
     @property
+    def state(self) -> str:
+        """For people: active, view, layer, placeholder or device."""
+        if self.kind is not Kind.COMMITTED:
+            return self.kind.name.lower()
+        if self.device is not None:
+            return "device"
+        return "placeholder" if self.is_placeholder else "layer"
+
+    @property
     def target(self) -> str | None:
         """The chainID that a claimed row stands for."""
         return self.claim.layer.chain_id if self.claim else None
