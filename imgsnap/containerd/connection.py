@@ -1,7 +1,8 @@
-"""A channel to a gRPC service on a unix socket: containerd, the CRI, or our own snapshotter."""
+"""gRPC on unix sockets: channels to containerd, the CRI or our own services, and serving there."""
 
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +59,30 @@ def connect(
         # the socket's path, which is the default, is refused as an authority by Go's server
         ("grpc.default_authority", "localhost"),
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        # the default doubles up to two minutes, which is for far servers: a restart takes a second
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
     ]
     channel = grpc.insecure_channel(f"unix:{socket.absolute()}", options=options)
     headers = [(NAMESPACE_HEADER, namespace), (LEASE_HEADER, lease)]
     metadata = tuple((name, value) for name, value in headers if value is not None)
     return grpc.intercept_channel(channel, _AddMetadata(metadata, timeout))
+
+
+def bind(server: grpc.Server, address: Path) -> None:
+    """Lets a server answer at the socket `address`, which only root may use. What is there is taken
+    away: the caller knows that no other process answers there. Raises AccessDenied."""
+    address.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError):
+        address.unlink()
+    before = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{address}")
+    except RuntimeError as error:
+        raise AccessDenied(f"cannot listen at {address}") from error
+    finally:
+        os.umask(before)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -15,11 +15,12 @@ import grpc
 from imgsnap.containerd.api.services.snapshots.v1.snapshots_pb2_grpc import (
     add_SnapshotsServicer_to_server,
 )
-from imgsnap.containerd.connection import MESSAGE_BYTES_MAX
-from imgsnap.errors import AccessDenied, Busy
+from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, bind
+from imgsnap.errors import Busy
 from imgsnap.node.systemd import notify
 from imgsnap.snapshotter.claims import Claims
 from imgsnap.snapshotter.directories import Directories
+from imgsnap.snapshotter.image_service import ImageService, start_image_service
 from imgsnap.snapshotter.ledger import Ledger
 from imgsnap.snapshotter.seams import Devices, ImageFinder, LayerUnpacker
 from imgsnap.snapshotter.service import SnapshotsService
@@ -38,22 +39,28 @@ def serve(
     finder: ImageFinder | None = None,
     devices: Devices | None = None,
     unpacker: LayerUnpacker | None = None,
+    image_service: ImageService | None = None,
 ) -> int:
     """Serves the snapshots in `root` at the socket `address` until SIGTERM or SIGINT.
 
-    Without a finder and devices every image is an ordinary one. To be called in the main thread.
+    Without a finder and devices every image is an ordinary one. With an image service that is
+    served too, for credentials. To be called in the main thread.
     Raises Busy when another process serves `root`.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with opened(root, finder=finder, devices=devices, unpacker=unpacker) as snapshots:
-        server = start_server(snapshots, address)
+        servers = [start_server(snapshots, address)]
         _log.info("serving %s at %s", root, address)
+        if image_service is not None:
+            servers.append(start_image_service(image_service))
+            _log.info("serving CRI's images at %s", image_service.address)
         notify(os.environ, "READY=1")
         stop.wait()
         notify(os.environ, "STOPPING=1")
-        server.stop(STOP_GRACE_S).wait()
+        for ended in [server.stop(STOP_GRACE_S) for server in servers]:
+            ended.wait()
         address.unlink(missing_ok=True)
     return 0
 
@@ -87,21 +94,12 @@ def opened(
 
 def start_server(snapshots: Snapshots, address: Path) -> grpc.Server:
     """A running server at the socket `address`, which only root may use. Raises AccessDenied."""
-    address.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        address.unlink()  # of a process that was killed: `root` is locked, so it is nobody's
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.so_reuseport", 0)],
     )
     add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)
-    before = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{address}")
-    except RuntimeError as error:
-        raise AccessDenied(f"cannot listen at {address}") from error
-    finally:
-        os.umask(before)
+    bind(server, address)  # `root` is locked, so nobody else answers there
     server.start()
     return server
 
