@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -16,7 +16,7 @@ from imgsnap.containerd.api.services.snapshots.v1.snapshots_pb2_grpc import (
     add_SnapshotsServicer_to_server,
 )
 from imgsnap.containerd.connection import MESSAGE_BYTES_MAX
-from imgsnap.errors import AccessDenied, Busy
+from imgsnap.errors import Busy, InvalidArgument
 from imgsnap.node.systemd import notify
 from imgsnap.snapshotter.claims import Claims
 from imgsnap.snapshotter.directories import Directories
@@ -68,7 +68,7 @@ def opened(
 ) -> Iterator[Snapshots]:
     """The snapshots in `root`, recovered, and closed in the end; one process at a time.
 
-    Raises Busy, AccessDenied, and what opening the ledger raises.
+    Raises Busy, and what opening the ledger raises.
     """
     with _owned(root):
         ledger = Ledger.open(root)
@@ -86,10 +86,13 @@ def opened(
 
 
 def start_server(snapshots: Snapshots, address: Path) -> grpc.Server:
-    """A running server at the socket `address`, which only root may use. Raises AccessDenied."""
+    """A running server at the socket `address`, which only root may use. Raises InvalidArgument.
+
+    The socket gets its name when it answers, and takes the place of a killed process's.
+    """
     address.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        address.unlink()  # of a process that was killed: `root` is locked, so it is nobody's
+    new = address.with_name(f"{address.name}.new")
+    new.unlink(missing_ok=True)
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.so_reuseport", 0)],
@@ -97,12 +100,15 @@ def start_server(snapshots: Snapshots, address: Path) -> grpc.Server:
     add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)
     before = os.umask(0o177)
     try:
-        server.add_insecure_port(f"unix:{address}")
+        server.add_insecure_port(f"unix:{new}")
     except RuntimeError as error:
-        raise AccessDenied(f"cannot listen at {address}") from error
+        raise InvalidArgument(
+            f"cannot listen at {address}", hint="a socket's path has at most 103 bytes here"
+        ) from error
     finally:
         os.umask(before)
     server.start()
+    new.rename(address)
     return server
 
 

@@ -138,3 +138,8 @@ def test_the_socket_is_for_root_only(root: Path):
             assert (root / "sub/s.sock").stat().st_mode & 0o777 == 0o600
         finally:
             server.stop(0).wait()
+
+
+def test_a_socket_that_cannot_be(root: Path):
+    with serve.opened(root / "state") as snapshots, pytest.raises(InvalidArgument):
+        serve.start_server(snapshots, root / ("x" * 120))
