@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,19 +70,26 @@ def connect(
     return grpc.intercept_channel(channel, _AddMetadata(metadata, timeout))
 
 
-def bind(server: grpc.Server, address: Path) -> None:
-    """Lets a server answer at the socket `address`, which only root may use. What is there is taken
-    away: the caller knows that no other process answers there. Raises AccessDenied."""
+def start_at(server: grpc.Server, address: Path) -> None:
+    """Starts a server at the socket `address`, which only root may use. Raises InvalidArgument.
+
+    The socket gets its name when it answers, and takes the place of a killed process's: the caller
+    knows that no other process answers there.
+    """
     address.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        address.unlink()
+    new = address.with_name(f"{address.name}.new")
+    new.unlink(missing_ok=True)
     before = os.umask(0o177)
     try:
-        server.add_insecure_port(f"unix:{address}")
+        server.add_insecure_port(f"unix:{new}")
     except RuntimeError as error:
-        raise AccessDenied(f"cannot listen at {address}") from error
+        raise InvalidArgument(
+            f"cannot listen at {address}", hint="a socket's path has at most 103 bytes here"
+        ) from error
     finally:
         os.umask(before)
+    server.start()
+    new.rename(address)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from imgsnap.containerd.api.cri.v1 import cri_pb2
-from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, bind, connect
+from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, connect, start_at
 from imgsnap.errors import ImgsnapError
 from imgsnap.snapshotter.credentials import PodCredentials, parse_auth
 
@@ -37,14 +37,13 @@ class ImageService:
 
 
 def start_image_service(service: ImageService) -> grpc.Server:
-    """A running server. Raises AccessDenied."""
+    """A running server. Raises InvalidArgument; see `start_at`."""
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="image-service"),
         handlers=[_Forwarder(connect(service.containerd), service.credentials)],
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.so_reuseport", 0)],
     )
-    bind(server, service.address)
-    server.start()
+    start_at(server, service.address)
     return server
 
 

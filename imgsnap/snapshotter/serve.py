@@ -15,7 +15,7 @@ import grpc
 from imgsnap.containerd.api.services.snapshots.v1.snapshots_pb2_grpc import (
     add_SnapshotsServicer_to_server,
 )
-from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, bind
+from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, start_at
 from imgsnap.errors import Busy
 from imgsnap.node.systemd import notify
 from imgsnap.snapshotter.claims import Claims
@@ -75,7 +75,7 @@ def opened(
 ) -> Iterator[Snapshots]:
     """The snapshots in `root`, recovered, and closed in the end; one process at a time.
 
-    Raises Busy, AccessDenied, and what opening the ledger raises.
+    Raises Busy, and what opening the ledger raises.
     """
     with _owned(root):
         ledger = Ledger.open(root)
@@ -93,14 +93,13 @@ def opened(
 
 
 def start_server(snapshots: Snapshots, address: Path) -> grpc.Server:
-    """A running server at the socket `address`, which only root may use. Raises AccessDenied."""
+    """A running server at the socket `address`. Raises InvalidArgument; see `start_at`."""
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.so_reuseport", 0)],
     )
     add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)
-    bind(server, address)  # `root` is locked, so nobody else answers there
-    server.start()
+    start_at(server, address)  # `root` is locked, so nobody else answers there
     return server
 
 
