@@ -62,6 +62,8 @@ def serve(
         for ended in [server.stop(STOP_GRACE_S) for server in servers]:
             ended.wait()
         address.unlink(missing_ok=True)
+        if image_service is not None:
+            image_service.address.unlink(missing_ok=True)
     return 0
 
 
