@@ -62,7 +62,7 @@ def _into_containerd(
     platform: str | None,
     options: dict[str, str | None],
 ) -> None:
-    from imgsnap.containerd.config import PLUGIN, SOCKET
+    from imgsnap.containerd.config import PLUGIN
     from imgsnap.errors import InvalidReference
     from imgsnap.oci.platforms import parse_platform
     from imgsnap.oci.reference import RegistryLocation, parse_location
@@ -72,11 +72,11 @@ def _into_containerd(
     location = parse_location(ref)
     if not isinstance(location, RegistryLocation):
         raise InvalidReference(f"{ref} is not in a registry", hint="REGISTRY/REPOSITORY[:TAG]")
-    environ = settings.environ
-    address = options["address"] or environ.get("CONTAINERD_ADDRESS") or SOCKET
+    address = options["address"]
+    namespace = options["namespace"] or settings.environ.get("CONTAINERD_NAMESPACE")
     place = Containerd(
-        address=Path(address).absolute(),
-        namespace=options["namespace"] or environ.get("CONTAINERD_NAMESPACE") or "default",
+        address=Path(address).absolute() if address else settings.containerd,
+        namespace=namespace or "default",
         snapshotter=options["snapshotter"] or PLUGIN,
     )
     with ExitStack() as stack:

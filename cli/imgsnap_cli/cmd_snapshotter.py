@@ -62,7 +62,6 @@ def run(
 
 
 def _image_service(settings: Settings, address: str, containerd: str | None) -> "ImageService":
-    from imgsnap.containerd.config import SOCKET
     from imgsnap.oci.locate import RegistryOptions
     from imgsnap.snapshotter import credentials
     from imgsnap.snapshotter.image_service import ImageService
@@ -71,9 +70,9 @@ def _image_service(settings: Settings, address: str, containerd: str | None) -> 
         RegistryOptions(hosts_dir=settings.hosts), dict(settings.environ)
     )
     file = settings.run / credentials.FILE_NAME
-    server = containerd or settings.environ.get("CONTAINERD_ADDRESS") or SOCKET
+    server = Path(containerd).absolute() if containerd else settings.containerd
     kept = credentials.PodCredentials(file, accepts)
-    return ImageService(Path(address).absolute(), Path(server).absolute(), kept)
+    return ImageService(Path(address).absolute(), server, kept)
 
 
 @command.command(short_help="List containerd snapshots")
