@@ -1,0 +1,1 @@
+"""The containerd snapshotter: a proxy plugin that serves images from their EROFS snapshots."""
