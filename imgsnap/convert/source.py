@@ -9,6 +9,7 @@ from imgsnap.convert.ingest import LayerSource
 from imgsnap.convert.limits import Limits
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import FormatError, InvalidArgument, NotFound, Unsupported
+from imgsnap.formats.stub_layer import ANNOTATION
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageIndex, ImageManifest, parse_document, parse_json_object
 from imgsnap.oci.platforms import host_platform, matches
@@ -112,6 +113,11 @@ def _read_image(
     if manifest.artifact_type == media_types.ARTIFACT_SNAPSHOT:
         raise InvalidArgument(
             f"{repository.name}: is a snapshot already", hint="name the image it was made from"
+        )
+    if any(ANNOTATION in layer.annotations for layer in manifest.layers):
+        raise InvalidArgument(
+            f"{repository.name}: is a converted image already",
+            hint="name the image it was made from",
         )
     if manifest.config.media_type not in media_types.IMAGE_CONFIGS:
         raise InvalidArgument(
