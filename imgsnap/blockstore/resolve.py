@@ -85,19 +85,21 @@ def _ask(
     if kind.entries is not None:
         raise NotFound(f"{repository.name}: {reference} is an index of indexes, not a snapshot")
     if kind.snapshot is not None:
-        return _snapshot(repository, kind.snapshot, cache)
+        return fetch_snapshot(repository, kind.snapshot, cache)
     found = repository.referrers(manifest.descriptor.digest, ARTIFACT_SNAPSHOT)
-    chosen = _choose_referrer(found, platform)
-    if chosen is None:
+    fitting = by_preference(found, platform)
+    if not fitting:
         raise NotFound(
             f"{repository.name}: {reference} is an image without a snapshot"
             + (f" for {platform}" if found else ""),
             hint="make one with `imgsnap convert`",
         )
-    return _snapshot(repository, chosen.digest, cache)
+    return fetch_snapshot(repository, fitting[0].digest, cache)
 
 
-def _snapshot(repository: Repository, digest: Digest, cache: NodeCache) -> RawManifest:
+def fetch_snapshot(repository: Repository, digest: Digest, cache: NodeCache) -> RawManifest:
+    """The snapshot's manifest with this digest, from the cache or the repository. Raises NotFound
+    when it is something else, and what the repository raises."""
     manifest = _manifest(repository, digest, cache)
     if not manifest_kind(manifest).is_snapshot:
         raise NotFound(f"{repository.name}: {digest} is not a snapshot")
@@ -123,12 +125,12 @@ def _runs(entry: Descriptor) -> bool:
     return entry.platform is not None and entry.platform.architecture != "unknown"
 
 
-def _choose_referrer(found: Iterable[Descriptor], wanted: Platform | None) -> Descriptor | None:
-    """The newest; among those that state no time, the one with the lowest digest."""
+def by_preference(found: Iterable[Descriptor], wanted: Platform | None = None) -> list[Descriptor]:
+    """Referrers for a platform, the newest first; those that state no time last, by digest."""
     fitting = [d for d in found if not (wanted and d.platform and not matches(d.platform, wanted))]
     fitting.sort(key=lambda d: d.digest)
     fitting.sort(key=lambda d: d.annotations.get(CREATED, ""), reverse=True)
-    return fitting[0] if fitting else None
+    return fitting
 
 
 def _manifest(repository: Repository, reference: str, cache: NodeCache) -> RawManifest:

@@ -1,13 +1,12 @@
 """The source image: which manifest is meant, its config, its layers."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from imgsnap.convert.ingest import LayerSource
 from imgsnap.convert.limits import Limits
-from imgsnap.digest import Digest, parse_digest
+from imgsnap.digest import Digest, chain_ids, parse_digest
 from imgsnap.errors import FormatError, InvalidArgument, NotFound, Unsupported
 from imgsnap.formats.stub_layer import ANNOTATION
 from imgsnap.oci import media_types
@@ -32,15 +31,8 @@ class SourceImage:
 
     @property
     def chain_ids(self) -> list[Digest]:
-        """image-spec, config.md, "Layer ChainID"."""
-        chain: list[Digest] = []
-        for layer in self.layers:
-            if not chain:
-                chain.append(layer.diff_id)
-                continue
-            text = f"{chain[-1]} {layer.diff_id}".encode()
-            chain.append(Digest("sha256:" + hashlib.sha256(text).hexdigest()))
-        return chain
+        """Of each layer, bottom first."""
+        return chain_ids(layer.diff_id for layer in self.layers)
 
 
 def select_images(
