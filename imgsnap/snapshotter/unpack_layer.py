@@ -37,9 +37,9 @@ class Unpacker:
     ) -> None:
         """See `LayerUnpacker.unpack`. Raises InvalidArgument for a directory that is not empty,
         what the repository raises, DigestMismatch, and what reading and writing a layer raise."""
-        if any(directory.iterdir()):
-            raise InvalidArgument(f"{directory} is not empty")
         try:
+            if any(directory.iterdir()):
+                raise InvalidArgument(f"{directory} is not empty")
             self.work_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.work_dir, prefix="layer-") as scratch:
                 self._unpack(repository, layer, directory, lowers, Path(scratch) / "tar")

@@ -22,7 +22,7 @@ from imgsnap.formats.layer_index import Kind, LayerIndex
 from imgsnap.formats.rules import Rules
 from imgsnap.oci.repository import Descriptor
 from tests.property.test_layers import MEMORY, QUIET, TYPES, plain
-from tests.support.tar_stacks import Entry, stacks, to_tar, unambiguous, without_idle_whiteouts
+from tests.support.tar_stacks import DIR, Entry, stacks, to_tar, unambiguous, without_idle_whiteouts
 from tests.support.trees import Facts, observe
 from tests.support.unpacked import sha256, stacked, unpack_stack
 
@@ -40,6 +40,17 @@ def possible(layers: list[list[Entry]]) -> list[list[Entry]]:
             for name, value in entry.item.xattrs.items()
         }
         return replace(entry, item=replace(entry.item, xattrs=xattrs))
+
+    return [[mended(entry) for entry in layer] for layer in layers]
+
+
+def without_setgid_directories(layers: list[list[Entry]]) -> list[list[Entry]]:
+    """mkdir(2) below one hands group and bit down, and umoci keeps that for implied directories."""
+
+    def mended(entry: Entry) -> Entry:
+        item = entry.item
+        mode = item.mode & ~stat.S_ISGID if item.kind == DIR else item.mode
+        return replace(entry, item=replace(item, mode=mode))
 
     return [[mended(entry) for entry in layer] for layer in layers]
 
@@ -155,7 +166,7 @@ def test_the_stack_is_what_the_reference_unpacks(layers: list[list[Entry]]) -> N
 @settings(max_examples=25, deadline=None, suppress_health_check=QUIET)
 @given(stacks())
 def test_the_stack_is_what_umoci_unpacks(layers: list[list[Entry]]) -> None:
-    chosen = without_idle_whiteouts(unambiguous(possible(layers)))
+    chosen = without_idle_whiteouts(unambiguous(without_setgid_directories(possible(layers))))
     with view_of(chosen) as (_, root, view, lower_links):
         done = subprocess.run(
             ["umoci", "unpack", "--image", f"{root}/layout:latest", f"{root}/bundle"],
