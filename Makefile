@@ -30,7 +30,7 @@ check: setup
 	$(PY) -m pytest -q -n 2 tests/unit
 
 test: check
-	$(PY) -m pytest -q -n 2 tests/property tests/fuzz tests/integration
+	$(PY) -m pytest -q -n 2 tests/property tests/fuzz tests/conformance tests/integration
 
 # What takes long: every script in tests/stress, for SECONDS each.
 stress: setup

@@ -22,6 +22,11 @@ class Settings:
     metrics: str | None  # where the daemon serves metrics: [ADDRESS:]PORT
     environ: Mapping[str, str]
 
+    @property
+    def snapshotter(self) -> Path:
+        """The snapshotter's socket, to which containerd connects."""
+        return self.run / "snapshotter.sock"
+
     @classmethod
     def make(
         cls,

@@ -145,6 +145,17 @@ def filesystem_magic(path: Path) -> int:
     return int(buffer[0]) & 0xFFFFFFFF
 
 
+def sync_filesystem(path: Path) -> None:
+    """syncfs(2): all that was written to the file system of `path` is on disk. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if _libc.syncfs(fd):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(path))
+    finally:
+        os.close(fd)
+
+
 def attach_loop(file: Path) -> tuple[int, Path]:
     """Puts a read-only loop device over `file`: its open descriptor and its path.
 

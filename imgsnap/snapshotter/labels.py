@@ -25,6 +25,9 @@ GID_MAPPING = PREFIX + "gidmapping"
 LABEL_BYTES_MAX = 4096
 """Of a name and its value together, as containerd's labels.Validate."""
 LABELS_MAX = 1024
+MAPPINGS_MAX = 340
+"""Ranges of a user namespace, as the kernel's own limit."""
+ID_MAX = (1 << 32) - 2
 NAME_BYTES_MAX = 4096
 """Of a snapshot's key."""
 
@@ -54,3 +57,33 @@ def digest_label(labels: Mapping[str, str], name: str) -> Digest | None:
     """The digest that the label holds; None without the label. Raises InvalidArgument."""
     value = labels.get(name)
     return None if value is None else parse_digest(value, what=name)
+
+
+def mapped_root(labels: Mapping[str, str]) -> tuple[int, int] | None:
+    """Who root of the container's user namespace is on the host, as (uid, gid).
+
+    None without the labels. A label is ``container:host:size[,…]``. Raises InvalidArgument.
+    """
+    uids, gids = labels.get(UID_MAPPING), labels.get(GID_MAPPING)
+    if uids is None and gids is None:
+        return None
+    return _host_of_root(uids or "", UID_MAPPING), _host_of_root(gids or "", GID_MAPPING)
+
+
+def _host_of_root(mapping: str, what: str) -> int:
+    ranges = mapping.split(",")
+    if len(ranges) > MAPPINGS_MAX:
+        raise LimitExceeded("MAPPINGS_MAX", len(ranges), MAPPINGS_MAX, where=what)
+    found = None
+    for text in ranges:
+        parts = text.split(":")
+        if len(parts) != 3 or not all(p.isascii() and p.isdigit() and len(p) < 11 for p in parts):
+            raise InvalidArgument(f"{what}: {text[:100]!r} is not container:host:size")
+        inside, outside, size = map(int, parts)
+        if not size or max(inside, outside) + size - 1 > ID_MAX:
+            raise InvalidArgument(f"{what}: {text!r} is out of range")
+        if inside == 0:
+            found = outside
+    if found is None:
+        raise InvalidArgument(f"{what}: {mapping[:100]!r} maps no root")
+    return found

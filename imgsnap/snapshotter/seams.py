@@ -62,7 +62,7 @@ class LayerUnpacker(Protocol):
     """Fetches and unpacks ordinary layers."""
 
     def unpack(
-        self, repository: str, layer: ImageLayer, directory: Path, lowers: Sequence[Path] = ()
+        self, repository: str, layer: ImageLayer, directory: Path, lowers: Sequence[Path]
     ) -> None:
         """Fetches one layer, verifies its digest and its diffID, and writes its tree in overlay
         form (whiteouts, opaque directories) into an empty directory. After an error it may hold

@@ -33,7 +33,7 @@ class Unpacker:
     limits: Limits = field(default_factory=Limits)
 
     def unpack(
-        self, repository: str, layer: ImageLayer, directory: Path, lowers: Sequence[Path] = ()
+        self, repository: str, layer: ImageLayer, directory: Path, lowers: Sequence[Path]
     ) -> None:
         """See `LayerUnpacker.unpack`. Raises InvalidArgument for a directory that is not empty,
         what the repository raises, DigestMismatch, and what reading and writing a layer raise."""

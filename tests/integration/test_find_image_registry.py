@@ -141,7 +141,9 @@ def test_a_layer_of_a_found_image_is_unpacked(
     found = make().find(labels_of(source_of(remote), 0, remote))
     (tmp_path / "fs").mkdir()
     registry.accesses()
-    Unpacker(opened, tmp_path / "work").unpack(found.repository, found.layers[0], tmp_path / "fs")
+    Unpacker(opened, tmp_path / "work").unpack(
+        found.repository, found.layers[0], tmp_path / "fs", []
+    )
     assert (tmp_path / "fs/etc/hosts").read_text() == "127.0.0.1 localhost\n"
     (got,) = [a for a in registry.accesses() if a.method == "GET" and a.status == 200]
     assert found.layers[0].digest in got.path

@@ -142,7 +142,7 @@ def refused(tmp_path: Path, error: type[ImgsnapError], layer, **tool) -> str:
     directory.mkdir()
     made = replace(unpacker(tmp_path / "layout", tmp_path / "work"), **tool)
     with pytest.raises(error) as raised:
-        made.unpack(REPOSITORY, layer, directory)
+        made.unpack(REPOSITORY, layer, directory, [])
     assert list((tmp_path / "work").iterdir()) == [], "no spooled tar is left"
     assert list(directory.iterdir()) == [] or error in (Unsupported, ResourceExhausted)
     return str(raised.value)
@@ -217,7 +217,7 @@ def test_layers_that_are_refused(tmp_path: Path, items, error):
     directory = tmp_path / "refused"
     directory.mkdir()
     with pytest.raises(error):
-        unpacker(tmp_path / "layout", tmp_path / "work").unpack(REPOSITORY, layer, directory)
+        unpacker(tmp_path / "layout", tmp_path / "work").unpack(REPOSITORY, layer, directory, [])
     assert not (tmp_path / "out").exists() and not (tmp_path / "a").exists()
     assert (tmp_path / "secret").stat().st_nlink == 1
 
@@ -276,7 +276,7 @@ def test_a_directory_that_is_not_empty_is_left_alone(tmp_path: Path):
     (tmp_path / "fs/mine").write_text("x")
     tool = unpacker(tmp_path / "layout", tmp_path / "work")
     with pytest.raises(InvalidArgument, match="not empty"):
-        tool.unpack(REPOSITORY, layer, tmp_path / "fs")
+        tool.unpack(REPOSITORY, layer, tmp_path / "fs", [])
     assert os.listdir(tmp_path / "fs") == ["mine"]
 
 
@@ -287,11 +287,11 @@ def test_a_full_disk_has_a_name(tmp_path: Path):
         (small / "fs").mkdir()
         tool = unpacker(tmp_path / "layout", tmp_path / "work")
         with pytest.raises(ResourceExhausted, match="No space left"):
-            tool.unpack(REPOSITORY, layer, small / "fs")
+            tool.unpack(REPOSITORY, layer, small / "fs", [])
         tool = unpacker(tmp_path / "layout", small / "work")
         (tmp_path / "fs").mkdir()
         with pytest.raises(ImgsnapError, match="No space left"):
-            tool.unpack(REPOSITORY, layer, tmp_path / "fs")
+            tool.unpack(REPOSITORY, layer, tmp_path / "fs", [])
         assert list((small / "work").iterdir()) == []
 
 
@@ -304,13 +304,13 @@ def test_the_place_is_a_registrys(tmp_path: Path):
         return LayoutRepository(tmp_path / "layout")
 
     (tmp_path / "fs").mkdir()
-    Unpacker(opened, tmp_path / "work").unpack("h.test:5000/a/b", layer, tmp_path / "fs")
+    Unpacker(opened, tmp_path / "work").unpack("h.test:5000/a/b", layer, tmp_path / "fs", [])
     assert asked == ["h.test:5000/a/b"]
     (tmp_path / "t").mkdir()
     with pytest.raises(InvalidArgument):
-        Unpacker(opened, tmp_path / "work").unpack("oci:/etc", layer, tmp_path / "t")
+        Unpacker(opened, tmp_path / "work").unpack("oci:/etc", layer, tmp_path / "t", [])
     with pytest.raises(ImgsnapError, match="No such file"):
-        Unpacker(opened, tmp_path / "work").unpack(REPOSITORY, layer, tmp_path / "none")
+        Unpacker(opened, tmp_path / "work").unpack(REPOSITORY, layer, tmp_path / "none", [])
 
 
 def test_pax_headers_alone_are_no_layer(tmp_path: Path):
@@ -320,4 +320,4 @@ def test_pax_headers_alone_are_no_layer(tmp_path: Path):
         (place / "fs").mkdir()
         tool = unpacker(place / "layout", place / "work")
         with pytest.raises(IntegrityError):
-            tool.unpack(REPOSITORY, layer, place / "fs")
+            tool.unpack(REPOSITORY, layer, place / "fs", [])

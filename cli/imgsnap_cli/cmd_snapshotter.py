@@ -1,0 +1,142 @@
+"""imgsnap snapshotter"""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imgsnap.units import format_size
+from imgsnap_cli.output import format_option, print_json, print_table
+from imgsnap_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from imgsnap.snapshotter.rows import Row
+
+root_option = click.option(
+    "--root",
+    metavar="DIR",
+    default="/var/lib/imgsnap/snapshotter",
+    show_default=True,
+    help="Where the containerd snapshots are",
+)
+
+
+@click.group(short_help="Run and look after the containerd snapshotter")
+def command() -> None:
+    """A proxy plugin for containerd: ordinary images run as with overlayfs.
+
+    The other commands read beside a running snapshotter.
+    """
+
+
+@command.command(short_help="Run the snapshotter in the foreground")
+@root_option
+@click.option(
+    "--address", metavar="SOCKET", help="Where containerd asks [RUN-DIR/snapshotter.sock]"
+)
+@click.pass_obj
+def run(settings: Settings, /, root: str, address: str | None) -> int:
+    """Answer containerd until SIGTERM. Containers do not notice when it ends or is killed.
+
+    Says when it is ready where systemd asks for it (Type=notify).
+    """
+    from imgsnap.snapshotter.serve import serve
+
+    socket = Path(address) if address else settings.run / "snapshotter.sock"
+    return serve(Path(root).absolute(), socket.absolute())
+
+
+@command.command(short_help="List containerd snapshots")
+@root_option
+@format_option
+def ls(root: str, format_: str) -> None:
+    """List the containerd snapshots with their states, oldest first."""
+    rows = _rows(root)
+    if format_ == "json":
+        print_json({"snapshots": [_as_json(row) for row in rows]})
+        return
+    print_table(
+        ("ID", "KIND", "STATE", "CREATED", "SIZE", "NAME", "PARENT"),
+        [
+            (
+                row.id,
+                row.kind.name.lower(),
+                row.state,
+                time.strftime("%Y-%m-%d %H:%M", time.localtime(row.created // 10**9)),
+                format_size(row.usage.size) if row.usage else "-",
+                row.name,
+                row.parent or "-",
+            )
+            for row in rows
+        ],
+    )
+
+
+@command.command(short_help="Show what containerd snapshots take on disk")
+@root_option
+@format_option
+def usage(root: str, format_: str) -> None:
+    """Measure every snapshot's directory now, and sum them up by state."""
+    from imgsnap.snapshotter.report import usage_by_state
+
+    found = usage_by_state(Path(root).absolute())
+    if format_ == "json":
+        states = {
+            state: {"snapshots": count, "size": use.size, "inodes": use.inodes}
+            for state, (count, use) in found.items()
+        }
+        print_json({"states": states})
+        return
+    print_table(
+        ("STATE", "SNAPSHOTS", "ON DISK", "INODES"),
+        [
+            (state, count, format_size(use.size), use.inodes)
+            for state, (count, use) in found.items()
+        ],
+    )
+
+
+@command.command(short_help="Compare the snapshotter's ledger with its directories")
+@root_option
+@format_option
+def check(root: str, format_: str) -> int:
+    """Say which records and directories do not belong together; exit code 3 when some do not."""
+    from imgsnap.errors import IntegrityError
+    from imgsnap.snapshotter.report import check_root
+
+    report = check_root(Path(root).absolute())
+    if format_ == "json":
+        print_json({"snapshots": report.rows, "problems": list(report.problems)})
+    else:
+        for problem in report.problems:
+            click.echo(problem)
+        click.echo(f"{report.rows} snapshots: {len(report.problems)} problems")
+    return IntegrityError.exit_code if report.problems else 0
+
+
+def _rows(root: str) -> "list[Row]":
+    from contextlib import closing
+
+    from imgsnap.snapshotter.ledger import Ledger
+
+    with closing(Ledger.read(Path(root).absolute())) as ledger:
+        return ledger.scan()
+
+
+def _as_json(row: "Row") -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "name": row.name,
+        "parent": row.parent or None,
+        "kind": row.kind.name.lower(),
+        "state": row.state,
+        "created": row.created,
+        "updated": row.updated,
+        "labels": dict(row.labels),
+        "size": row.usage.size if row.usage else None,
+        "inodes": row.usage.inodes if row.usage else None,
+        "device": row.device,
+        "repository": row.claim.repository if row.claim else None,
+        "layer": row.claim.layer.digest if row.claim else None,
+    }
