@@ -3,15 +3,20 @@
 import gzip
 import json
 import os
+import random
+import shutil
 import socket
+import tarfile
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from imgsnap.blockstore.extent_cache import PresenceHeader
 from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
+from imgsnap.convert.ingest import LayerSource, index_tar
 from imgsnap.convert.limits import Limits
 from imgsnap.convert.tar import TarReader
 from imgsnap.digest import sha256_digest
@@ -20,6 +25,7 @@ from imgsnap.formats import chunk_map_codec, erofs, layer_index_codec, layer_ind
 from imgsnap.formats.erofs_read import ErofsReader
 from imgsnap.formats.frame import compress, decompress
 from imgsnap.formats.layer_index import Kind
+from imgsnap.formats.rules import Rules
 from imgsnap.formats.snapshot_config import parse_config
 from imgsnap.oci.archive import DockerArchiveRepository, OciArchiveRepository
 from imgsnap.oci.auth import Scope, basic_header, parse_challenges, parse_token_answer
@@ -33,11 +39,15 @@ from imgsnap.oci.manifest import parse_document
 from imgsnap.oci.reference import parse_location
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.oci.retry import retry_after_s
+from imgsnap.snapshotter.image_labels import parse_image_labels
+from imgsnap.snapshotter.labels import IMAGE_REF, MANIFEST_DIGEST, SNAPSHOT_DIGEST
+from imgsnap.snapshotter.layer_tree import write_layer
 from tests.fuzz.harness import Target
 from tests.support.golden import golden_files
 from tests.support.images import Bytes
 from tests.support.oci_images import descriptor_of, repository_at, tar_of
 from tests.support.snapshots import BuiltSnapshot, build_snapshot, index_manifest, random_device
+from tests.support.tars import Item, layer_tar
 
 TARGETS: dict[str, Target] = {}
 JSON_WORDS = (
@@ -171,6 +181,22 @@ def _(data: bytes) -> None:
 def _(data: bytes) -> None:
     location = parse_location(data.decode("utf-8", "surrogateescape"))
     str(location)
+
+
+@target(
+    "image-labels",
+    seeds=lambda: [
+        b"registry.example:5000/team/app:1.0@sha256:" + b"a" * 64,
+        b"sha256:" + b"b" * 64,
+        b"docker.io/library/nginx:1.27",
+    ],
+    words=(b"oci:", b"store:", b"docker://", b"/", b"@", b"..", b"\n", b"\xff", b"a" * 4096),
+    size_max=1 << 14,
+)
+def _(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    for name in (IMAGE_REF, MANIFEST_DIGEST, SNAPSHOT_DIGEST):
+        parse_image_labels({name: text})
 
 
 @target(
@@ -324,6 +350,57 @@ class _Answers:
 def _(data: bytes) -> None:
     for entry in TarReader(memoryview(data), Limits()):
         repr(entry)
+
+
+def layer_tars() -> list[bytes]:
+    """Two layers with whatever a layer may bring."""
+    rng = random.Random(1)
+    return [
+        *archives(),
+        layer_tar([Item(b"a/b", content=b"x" * 600), Item(b"l", tarfile.SYMTYPE, link=b"/a")]),
+        layer_tar(
+            [
+                Item(b"a", tarfile.DIRTYPE, mode=0o755, xattrs={b"user.x": b"1"}),
+                Item(b"a/.wh.b"),
+                Item(b"a/h", tarfile.LNKTYPE, link=b"a/b"),
+                Item(b"d/.wh..wh..opq"),
+                Item(b"n", tarfile.CHRTYPE, device=(1, 3)),
+                Item(b"p", tarfile.FIFOTYPE),
+                Item(b"up", tarfile.SYMTYPE, link=b"../.."),
+                Item(b"up/out", content=rng.randbytes(700)),
+            ]
+        ),
+    ]
+
+
+@target(
+    "unpack-layer",
+    seeds=layer_tars,
+    repair=with_tar_checksums,
+    words=(b"../", b"/", b".wh.", b".wh..wh..opq", b"..", b"a/b", b"5", b"2", b"1"),
+    size_max=1 << 16,
+    cost=20,
+)
+def _(data: bytes) -> None:
+    """On top of a lower layer; nothing may come to be outside of the directory."""
+    place = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
+    try:
+        for name in ("lower", "in/layer"):
+            (place / name).mkdir(parents=True)
+        (place / "lower/a").mkdir()
+        (place / "lower/a/b").write_text("b")
+        (place / "lower/l").symlink_to("/")
+        (place / "tar").write_bytes(data)
+        source = LayerSource(descriptor_of(data), sha256_digest(data))
+        limits = Limits(entries=1000, file_size=1 << 20)
+        built = index_tar(place / "tar", source, Rules(), limits, strip_root=True)
+        with (place / "tar").open("rb") as tar, suppress(OSError):
+            write_layer(built, tar.fileno(), place / "in/layer", [place / "lower"])
+    finally:
+        found = {str(path.relative_to(place)) for path in place.glob("*")} - {"tar"}
+        outside = [*(place / "in").glob("*"), *(place / "lower/a").glob("*")]
+        shutil.rmtree(place)
+    assert found == {"lower", "in"} and len(outside) == 2
 
 
 @cache

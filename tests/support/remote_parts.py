@@ -88,7 +88,7 @@ class OneFileLayers:
     fails: ImgsnapError | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def unpack(self, repository: str, layer: ImageLayer, directory: Path) -> None:
+    def unpack(self, repository: str, layer: ImageLayer, directory: Path, lowers) -> None:
         assert not list(directory.iterdir())
         (directory / "half").write_text("not yet")
         if self.fails is not None:
