@@ -17,7 +17,8 @@ from google.protobuf.message import DecodeError
 
 from imgsnap.containerd.api.cri.v1 import cri_pb2
 from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, connect, start_at
-from imgsnap.errors import ImgsnapError
+from imgsnap.errors import ImgsnapError, InvalidArgument
+from imgsnap.oci.credentials import Credentials
 from imgsnap.snapshotter.credentials import PodCredentials, parse_auth
 
 SERVICE = "/runtime.v1.ImageService/"
@@ -84,21 +85,28 @@ class _Forwarder(grpc.GenericRpcHandler):
             yield request
 
     def _look_at(self, request: bytes) -> None:
-        image = "an image"
         try:
-            message = cri_pb2.PullImageRequest.FromString(request)
-            image, auth = message.image.image, message.auth
-            found = parse_auth(
-                image,
-                username=auth.username,
-                password=auth.password,
-                auth=auth.auth,
-                server_address=auth.server_address,
-                identity_token=auth.identity_token,
-            )
+            image, found = pulled_with(request)
             if found is not None:
                 self._credentials.offer(image, found)
-        except (ImgsnapError, DecodeError, OSError) as error:
-            _log.warning("credentials of the pull of %.300r are not kept: %s", image, error)
+        except (ImgsnapError, OSError) as error:
+            _log.warning("credentials of a pull are not kept: %s", error)
         except Exception:  # our defect is no reason to refuse a pull
             _log.exception("credentials of a pull are not kept")
+
+
+def pulled_with(request: bytes) -> tuple[str, Credentials | None]:
+    """The image and the credentials of a PullImageRequest. Raises InvalidArgument."""
+    try:
+        message = cri_pb2.PullImageRequest.FromString(request)
+    except DecodeError as error:
+        raise InvalidArgument(f"not a PullImageRequest: {error}") from error
+    image, auth = message.image.image, message.auth
+    return image, parse_auth(
+        image,
+        username=auth.username,
+        password=auth.password,
+        auth=auth.auth,
+        server_address=auth.server_address,
+        identity_token=auth.identity_token,
+    )

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from imgsnap.blockstore.extent_cache import PresenceHeader
 from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
+from imgsnap.containerd.api.cri.v1 import cri_pb2
+from imgsnap.containerd.config import snippet
 from imgsnap.convert.ingest import LayerSource, index_tar
 from imgsnap.convert.limits import Limits
 from imgsnap.convert.tar import TarReader
@@ -40,8 +42,10 @@ from imgsnap.oci.manifest import parse_document
 from imgsnap.oci.reference import parse_location
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.oci.retry import retry_after_s
+from imgsnap.snapshotter.doctor import examine_containerd
 from imgsnap.snapshotter.filters import parse_filters
 from imgsnap.snapshotter.image_labels import parse_image_labels
+from imgsnap.snapshotter.image_service import pulled_with
 from imgsnap.snapshotter.labels import (
     GID_MAPPING,
     IMAGE_REF,
@@ -501,3 +505,32 @@ def _(data: bytes) -> None:
 )
 def _(data: bytes) -> None:
     encode(decode(1, "name", "", data.decode("utf-8", "replace")))
+
+
+def pull_requests() -> list[bytes]:
+    image = cri_pb2.ImageSpec(image="registry.example:5000/team/app:1")
+    parts = [
+        cri_pb2.AuthConfig(username="u", password="p", server_address="https://registry.example"),
+        cri_pb2.AuthConfig(auth="dTpw", server_address="registry.example:5000"),
+        cri_pb2.AuthConfig(identity_token="t"),
+    ]
+    return [cri_pb2.PullImageRequest(image=image, auth=p).SerializeToString() for p in parts]
+
+
+@target("pull-request", seeds=pull_requests)
+def _(data: bytes) -> None:
+    pulled_with(data)
+
+
+@target(
+    "containerd-config",
+    seeds=lambda: [
+        snippet(v, Path("/s"), Path("/r"), "linux/amd64").encode() for v in ((1, 7), (2, 0))
+    ],
+    words=(b"imports = ", b"[[", b"]]", b"version = 2", b"disabled_plugins = ", b'["*"]', b"= 1\n"),
+)
+def _(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "config.toml"
+        file.write_bytes(data)
+        list(examine_containerd(Path("/s"), file=file))

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.digest import Digest, chain_ids
+from imgsnap.oci.locate import RegistryOptions, open_repository
+from imgsnap.oci.reference import RegistryLocation
+from imgsnap.oci.repository import Repository
 from imgsnap.snapshotter import labels as names
+from imgsnap.snapshotter.catalogue import Catalogue
+from imgsnap.snapshotter.find_image import Finder
 from imgsnap.snapshotter.seams import ImageLayer, ImageSnapshot
 from imgsnap.snapshotter.serve import opened, start_server
 from tests.support.cli import Cli
@@ -56,6 +62,10 @@ class Shown:
         rows = zip(diff_ids, document["layers"], chain_ids(diff_ids), strict=True)
         layers = [ImageLayer(d, b["digest"], b["size"], b["mediaType"], c) for d, b, c in rows]
         self.snapshot = ImageSnapshot("r/x", SNAPSHOT, tuple(layers))
+        self.unpack(tars)
+
+    def unpack(self, tars: list[bytes]) -> None:
+        self.tree.mkdir(exist_ok=True)
         for tar in tars:
             with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
                 archive.extractall(self.tree, filter="fully_trusted")
@@ -64,7 +74,6 @@ class Shown:
 @pytest.fixture
 def shown(tmp_path: Path, cli: Cli) -> Iterator[Shown]:
     """A running snapshotter."""
-    (tmp_path / "tree").mkdir()
     shown = Shown(tmp_path / "tree")
     with opened(tmp_path / "snapshotter", finder=shown, devices=shown) as snapshots:
         server = start_server(snapshots, cli.run_dir / "s")
@@ -184,6 +193,64 @@ def test_an_index_keeps_its_name(cli: Cli, shown: Shown, registry: DockerRegistr
         containerd.remove_image(reference)
         containerd.remove_image(pinned)
         assert everything(containerd) == NOTHING
+
+
+def test_namespaces_and_addresses(cli: Cli, shown: Shown, registry: DockerRegistry, name: str):
+    reference, blobs = pushed(registry, name)
+    shown.knows(blobs, layers())
+    with with_plugin(cli, "1.6") as containerd:
+        environ = {"CONTAINERD_ADDRESS": str(containerd.socket), "CONTAINERD_NAMESPACE": "one"}
+        cli("pull", "--containerd", reference, env=environ)
+        cli("pull", "--containerd", "--namespace", "k8s.io", reference, env=environ)
+        for namespace in ("one", "k8s.io"):
+            listed = containerd.ctr("images", "ls", "-q", namespace=namespace)
+            assert reference in listed
+            out = containerd.run(reference, snapshotter="imgsnap", namespace=namespace)
+            assert out == "from the snapshot"
+        assert containerd.ctr("images", "ls", "-q") == ""
+        for namespace in ("one", "k8s.io"):
+            containerd.remove_image(reference, namespace=namespace)
+            assert containerd.snapshots("imgsnap", namespace=namespace) == []
+
+
+@pytest.mark.parametrize("form", ["snapshot", "image"])
+@pytest.mark.parametrize("series", VERSIONS)
+def test_found_by_the_finder(
+    series: str, form: str, cli: Cli, tmp_path: Path, registry: DockerRegistry, name: str
+):
+    """A converted image, and an ordinary one by its referrer, as `imgsnap convert` makes them."""
+    source, _ = pushed(registry, name)
+    target = f"{source}-converted"
+    cli("convert", "--progress", "none", "--as", form, source, target)
+    reference = target if form == "image" else source
+    shown = Shown(tmp_path / "tree")
+    shown.unpack(layers())
+    finder = Finder(
+        opened_registry,
+        lambda _: True,
+        Catalogue(tmp_path / "known"),
+        NodeCache(tmp_path / "cache"),
+    )
+    with opened(tmp_path / "rows", finder=finder, devices=shown) as snapshots:
+        server = start_server(snapshots, cli.run_dir / "s")
+        try:
+            with with_plugin(cli, series) as containerd:
+                registry.accesses()
+                cli(*pull(cli, containerd, reference))
+                fetched = [
+                    a for a in registry.accesses() if "/blobs/" in a.path and a.size > 10_000
+                ]
+                assert fetched == []  # busybox is in a layer
+                assert containerd.run(reference, snapshotter="imgsnap") == "from the snapshot"
+                assert len(containerd.snapshots("imgsnap")) == (1 if form == "image" else 2)
+                containerd.remove_image(reference)
+                assert everything(containerd) == NOTHING
+        finally:
+            server.stop(0).wait()
+
+
+def opened_registry(location: RegistryLocation) -> Repository:
+    return open_repository(location, RegistryOptions(), store=Path("/none"), environ={})[0]
 
 
 def test_mistakes(cli: Cli, shown: Shown, registry: DockerRegistry, name: str):

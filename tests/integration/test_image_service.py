@@ -19,6 +19,7 @@ from tests.support.containerd import VERSIONS, Containerd, release, running_cont
 from tests.support.cri import Cri, cri
 from tests.support.docker_registry import PASSWORD, USER, DockerRegistry, running_registry
 from tests.support.image_builder import collect, image
+from tests.support.registry import ScriptedRegistry
 from tests.support.samples import program_tar
 
 pytestmark = [pytest.mark.root, pytest.mark.registry]
@@ -149,3 +150,25 @@ def test_everything_else_passes(node: Node, private: DockerRegistry):
         while not answers(calls):
             assert time.monotonic() < deadline, "the image service does not find containerd again"
             time.sleep(0.05)
+
+
+def test_a_pull_that_is_given_up_ends_in_containerd(node: Node):
+    made = image(program_tar())
+    with ScriptedRegistry() as slow:
+        blobs = collect(made, "1")
+        for digest, data in blobs.by_digest.items():
+            assert slow.add_blob("app", data) == digest
+        [(tag, entry)] = blobs.names
+        slow.add_manifest("app", blobs.by_digest[entry["digest"]], entry["mediaType"], tag)
+        slow.switches.stall_times = 100
+        node.containerd.allow_http(slow.host)
+        with cri(node.socket) as calls:
+            spec = pb.ImageSpec(image=f"{slow.host}/app:1")
+            call = calls.images.PullImage.future(pb.PullImageRequest(image=spec))
+            assert slow.stalled.acquire(timeout=60)
+            assert "context canceled" not in node.containerd.log
+            call.cancel()
+            deadline = time.monotonic() + 60
+            while "context canceled" not in node.containerd.log:
+                assert time.monotonic() < deadline, "containerd goes on"
+                time.sleep(0.05)
