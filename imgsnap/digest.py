@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import NewType
 
 from imgsnap.errors import InvalidArgument
@@ -52,6 +53,14 @@ def digest_to_raw(digest: Digest) -> bytes:
 def digest_hex(digest: Digest) -> str:
     """The hex part of an OCI digest."""
     return digest[7:]
+
+
+def chain_ids(diff_ids: Iterable[Digest]) -> list[Digest]:
+    """Of each layer and all beneath it, bottom first: image-spec, config.md, "Layer ChainID"."""
+    chain: list[Digest] = []
+    for diff_id in diff_ids:
+        chain.append(sha256_digest(f"{chain[-1]} {diff_id}".encode()) if chain else diff_id)
+    return chain
 
 
 def chunk_id(data: bytes | memoryview) -> ChunkId:

@@ -16,7 +16,7 @@ def command() -> None:
 @click.option("--version", "text", metavar="VERSION", help="1.6, 1.7 or 2.x [the running one's]")
 @click.option("--address", metavar="SOCKET", help="The snapshotter's [RUN_DIR/snapshotter.sock]")
 @click.option("--root", metavar="DIR", help="Of the snapshotter [/var/lib/imgsnap/snapshotter]")
-@click.option("--containerd", metavar="SOCKET", help="To ask for the version")
+@click.option("--containerd", metavar="SOCKET", help="To ask for the version [CONTAINERD_ADDRESS]")
 @click.option("--platform", metavar="OS/ARCH", help="To unpack images for [this machine's]")
 @click.pass_obj
 def containerd(
@@ -37,7 +37,8 @@ def containerd(
     if text is not None:
         version, whose = config.parse_version(text), f"containerd {text}"
     else:
-        version, whose = config.installed_version(Path(containerd or config.SOCKET).absolute())
+        socket = Path(containerd).absolute() if containerd else settings.containerd
+        version, whose = config.installed_version(socket)
     chosen = parse_platform(platform) if platform else host_platform()
     toml = config.snippet(
         version,

@@ -25,6 +25,14 @@ from imgsnap_cli.settings import Settings
 @click.option("--platform", "platforms", multiple=True, metavar="OS/ARCH", help="May be repeated")
 @click.option("--all-platforms", is_flag=True, help="Every image of an index")
 @click.option(
+    "--as",
+    "form",
+    type=click.Choice(["snapshot", "image"]),
+    default="snapshot",
+    show_default=True,
+    help="What TARGET is: the snapshot, or an image that containerd runs from it",
+)
+@click.option(
     "--reuse",
     multiple=True,
     metavar="REPOSITORY",
@@ -48,6 +56,7 @@ def command(
     target: str,
     platforms: tuple[str, ...],
     all_platforms: bool,
+    form: str,
     reuse: tuple[str, ...],
     compression: str,
     chunk_size: str,
@@ -66,6 +75,7 @@ def command(
     imgsnap convert registry.example/app:1.0 registry.example/app:1.0-imgsnap
     imgsnap convert oci-archive:app.tar store:app:1.0
     imgsnap convert --all-platforms docker.io/library/nginx:1.27 store:nginx:1.27
+    imgsnap convert --as image registry.example/app:1.0 registry.example/app:1.0-fast
 
     Layers that TARGET holds converted are neither downloaded nor converted again; chunks that it
     holds are not stored again. The snapshot becomes visible when it is complete.
@@ -74,6 +84,7 @@ def command(
     from imgsnap.convert.publish import publish
     from imgsnap.convert.source import select_images
     from imgsnap.oci.platforms import parse_platform
+    from imgsnap.oci.published import Form
 
     started = time.monotonic()
     if platforms and all_platforms:
@@ -97,7 +108,7 @@ def command(
             index,
             options,
             make_progress(progress),
-            as_index=all_platforms,
+            form=Form.INDEX if all_platforms and form == "snapshot" else Form(form),
             force=force,
             reuse=others,
         )

@@ -78,7 +78,7 @@ def _containerd(settings: Settings, file: str | None) -> "list[Check]":
 
     path = Path(file).absolute() if file else CONFIG_FILE
     try:
-        version, _ = installed_version()
+        version, _ = installed_version(settings.containerd)
     except ImgsnapError:
         if file is None and not path.exists():
             return []

@@ -42,9 +42,15 @@ def command(
             click.echo(row["name"])
     else:
         print_table(
-            ("NAME", "DIGEST", "PLATFORM", "STORED"),
+            ("NAME", "DIGEST", "FORM", "PLATFORM", "STORED"),
             [
-                (row["name"], row["digest"][:19], row["platform"], format_size(row["stored"]))
+                (
+                    row["name"],
+                    row["digest"][:19],
+                    row["form"],
+                    row["platform"],
+                    format_size(row["stored"]),
+                )
                 for row in rows
             ],
         )
@@ -54,7 +60,8 @@ def _snapshots(place: "Repository", prefix: str) -> list[dict[str, Any]]:
     """A row per tag that holds a snapshot or an index of snapshots; other tags are left out."""
     from imgsnap.errors import FormatError, NotFound
     from imgsnap.oci.manifest import ImageIndex, parse_document
-    from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT, LAYER_TAG_PREFIX
+    from imgsnap.oci.media_types import LAYER_TAG_PREFIX
+    from imgsnap.oci.published import NO_PLATFORM, content_of
     from imgsnap.oci.transfer import total_size
 
     rows = []
@@ -63,13 +70,14 @@ def _snapshots(place: "Repository", prefix: str) -> list[dict[str, Any]]:
             continue
         try:
             raw = place.manifest(tag)
-            document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
+            content = content_of(raw)
         except (FormatError, NotFound):
             continue
-        if document.artifact_type != ARTIFACT_SNAPSHOT:
+        if content is None:
             continue
+        document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
         platforms = (
-            [str(entry.platform) for entry in document.manifests if entry.platform]
+            [str(e.platform) for e in document.manifests if e.platform not in (None, NO_PLATFORM)]
             if isinstance(document, ImageIndex)
             else []
         )
@@ -77,6 +85,7 @@ def _snapshots(place: "Repository", prefix: str) -> list[dict[str, Any]]:
             {
                 "name": prefix + tag,
                 "digest": raw.descriptor.digest,
+                "form": content.form.value,
                 "platform": ",".join(platforms) or "-",
                 "stored": total_size(place, tag),
             }

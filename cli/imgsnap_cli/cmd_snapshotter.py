@@ -11,6 +11,7 @@ from imgsnap_cli.output import format_option, print_json, print_table
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
+    from imgsnap.snapshotter.image_service import ImageService
     from imgsnap.snapshotter.rows import Row
 
 root_option = click.option(
@@ -35,16 +36,43 @@ def command() -> None:
 @click.option(
     "--address", metavar="SOCKET", help="Where containerd asks [RUN-DIR/snapshotter.sock]"
 )
+@click.option("--image-service", metavar="SOCKET", help="Pass CRI's image calls to containerd here")
+@click.option("--containerd", metavar="SOCKET", help="Of --image-service [CONTAINERD_ADDRESS]")
 @click.pass_obj
-def run(settings: Settings, /, root: str, address: str | None) -> int:
+def run(
+    settings: Settings,
+    /,
+    root: str,
+    address: str | None,
+    image_service: str | None,
+    containerd: str | None,
+) -> int:
     """Answer containerd until SIGTERM. Containers do not notice when it ends or is killed.
+
+    With --image-service the credentials of pulls are kept for later reads, if the kubelet's
+    --image-service-endpoint is that socket.
 
     Says when it is ready where systemd asks for it (Type=notify).
     """
     from imgsnap.snapshotter.serve import serve
 
     socket = Path(address) if address else settings.run / "snapshotter.sock"
-    return serve(Path(root).absolute(), socket.absolute())
+    images = _image_service(settings, image_service, containerd) if image_service else None
+    return serve(Path(root).absolute(), socket.absolute(), image_service=images)
+
+
+def _image_service(settings: Settings, address: str, containerd: str | None) -> "ImageService":
+    from imgsnap.oci.locate import RegistryOptions
+    from imgsnap.snapshotter import credentials
+    from imgsnap.snapshotter.image_service import ImageService
+
+    accepts = credentials.registry_accepts(
+        RegistryOptions(hosts_dir=settings.hosts), dict(settings.environ)
+    )
+    file = settings.run / credentials.FILE_NAME
+    server = Path(containerd).absolute() if containerd else settings.containerd
+    kept = credentials.PodCredentials(file, accepts)
+    return ImageService(Path(address).absolute(), server, kept)
 
 
 @command.command(short_help="List containerd snapshots")

@@ -23,10 +23,11 @@ def copy(
     """Copies a snapshot, or an index of snapshots; tags it when everything has arrived. Boot packs
     go with it, the newest of each name.
 
-    A source that is an image with a snapshot stands for that snapshot.
+    A source that is an image with a snapshot, or a converted image, stands for that snapshot.
     """
+    from imgsnap.blockstore.snapshot_manifest import stands_for
     from imgsnap.convert.publish import held_snapshot
-    from imgsnap.oci.manifest import parse_document
+    from imgsnap.oci.manifest import ImageManifest, parse_document
     from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT
     from imgsnap.oci.transfer import copy_document, total_size
 
@@ -38,7 +39,10 @@ def copy(
         held_snapshot(destination, tag)  # refuses to replace an image
         raw = origin.manifest(reference)
         document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
-        if document.artifact_type != ARTIFACT_SNAPSHOT:
+        named = stands_for(document) if isinstance(document, ImageManifest) else None
+        if named is not None:
+            reference = named
+        elif document.artifact_type != ARTIFACT_SNAPSHOT:
             found = origin.referrers(raw.descriptor.digest, ARTIFACT_SNAPSHOT)
             if not found:
                 raise NotFound(

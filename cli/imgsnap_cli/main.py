@@ -34,7 +34,7 @@ COMMANDS = {
     "mount": "Mount a snapshot on a directory",
     "mounts": "List mounted snapshots",
     "optimize": "Make a boot pack of recorded starts",
-    "pull": "Copy a snapshot from a registry to the local store",
+    "pull": "Copy a snapshot to the local store, or an image with one to containerd",
     "push": "Copy a snapshot from the local store to a registry",
     "run": "Run a command with a snapshot as its root",
     "snapshotter": "Run and look after the containerd snapshotter",

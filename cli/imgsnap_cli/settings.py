@@ -7,6 +7,7 @@ from pathlib import Path
 
 SYSTEM_STATE = Path("/var/lib/imgsnap")
 SYSTEM_RUN = Path("/run/imgsnap")
+CONTAINERD = Path("/run/containerd/containerd.sock")
 CONTAINERD_HOSTS = Path("/etc/containerd/certs.d")
 
 
@@ -26,6 +27,11 @@ class Settings:
     def snapshotter(self) -> Path:
         """The snapshotter's socket, to which containerd connects."""
         return self.run / "snapshotter.sock"
+
+    @property
+    def containerd(self) -> Path:
+        """containerd's socket; the variable is that of `ctr`."""
+        return Path(self.environ.get("CONTAINERD_ADDRESS") or CONTAINERD).absolute()
 
     @classmethod
     def make(

@@ -32,8 +32,8 @@ def resolve_snapshot(
 
     A snapshot's digest with a cached manifest costs no round trip. A tag always asks the
     repository; only when that is Unavailable is the last answer used, with a warning. An index
-    is searched for `platform` (this machine's by default), an ordinary image for referrers.
-    Raises NotFound, and what the repository raises.
+    is searched for `platform` (this machine's by default), an ordinary image for referrers; a
+    converted image names its snapshot. Raises NotFound, and what the repository raises.
     """
     cached = _cached_manifest(cache, reference)
     if cached and manifest_kind(cached).is_snapshot:
@@ -94,24 +94,32 @@ def _ask(
         return manifest
     if kind.entries is not None:
         raise NotFound(f"{repository.name}: {reference} is an index of indexes, not a snapshot")
+    if kind.snapshot is not None:
+        return fetch_snapshot(repository, kind.snapshot, cache)
     found = repository.referrers(manifest.descriptor.digest, ARTIFACT_SNAPSHOT)
-    chosen = _choose_referrer(found, platform)
-    if chosen is None:
+    fitting = by_preference(found, platform)
+    if not fitting:
         raise NotFound(
             f"{repository.name}: {reference} is an image without a snapshot"
             + (f" for {platform}" if found else ""),
             hint="make one with `imgsnap convert`",
         )
-    manifest = _manifest(repository, chosen.digest, cache)
+    return fetch_snapshot(repository, fitting[0].digest, cache)
+
+
+def fetch_snapshot(repository: Repository, digest: Digest, cache: NodeCache) -> RawManifest:
+    """The snapshot's manifest with this digest, from the cache or the repository. Raises NotFound
+    when it is something else, and what the repository raises."""
+    manifest = _manifest(repository, digest, cache)
     if not manifest_kind(manifest).is_snapshot:
-        raise NotFound(f"{repository.name}: referrer {chosen.digest} is not a snapshot")
+        raise NotFound(f"{repository.name}: {digest} is not a snapshot")
     return manifest
 
 
 def _choose_entry(kind: ManifestKind, wanted: Platform, where: str) -> Descriptor:
     entries = kind.entries or ()
-    snapshots = tuple(e for e in entries if e.artifact_type == ARTIFACT_SNAPSHOT)
-    candidates = [e for e in snapshots or entries if e.platform is not None]
+    snapshots = [e for e in entries if e.artifact_type == ARTIFACT_SNAPSHOT and _runs(e)]
+    candidates = [e for e in snapshots or entries if _runs(e)]
     for entry in candidates:
         if entry.platform and matches(entry.platform, wanted):
             return entry
@@ -122,12 +130,17 @@ def _choose_entry(kind: ManifestKind, wanted: Platform, where: str) -> Descripto
     )
 
 
-def _choose_referrer(found: Iterable[Descriptor], wanted: Platform | None) -> Descriptor | None:
-    """The newest; among those that state no time, the one with the lowest digest."""
+def _runs(entry: Descriptor) -> bool:
+    """Not an attestation, nor the snapshot behind a converted image."""
+    return entry.platform is not None and entry.platform.architecture != "unknown"
+
+
+def by_preference(found: Iterable[Descriptor], wanted: Platform | None = None) -> list[Descriptor]:
+    """Referrers for a platform, the newest first; those that state no time last, by digest."""
     fitting = [d for d in found if not (wanted and d.platform and not matches(d.platform, wanted))]
     fitting.sort(key=lambda d: d.digest)
     fitting.sort(key=lambda d: d.annotations.get(CREATED, ""), reverse=True)
-    return fitting[0] if fitting else None
+    return fitting
 
 
 def _manifest(repository: Repository, reference: str, cache: NodeCache) -> RawManifest:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from imgsnap.digest import Digest
-from imgsnap.errors import FormatError
+from imgsnap.digest import Digest, parse_digest
+from imgsnap.errors import FormatError, InvalidArgument
+from imgsnap.formats.stub_layer import ANNOTATION
 from imgsnap.oci import media_types
-from imgsnap.oci.manifest import ImageIndex, parse_document, parse_manifest
+from imgsnap.oci.manifest import ImageIndex, ImageManifest, parse_document, parse_manifest
 from imgsnap.oci.repository import Descriptor, RawManifest
 
 RECORD = "snapshot manifest"
@@ -26,10 +27,12 @@ class SnapshotManifest:
 
 
 class ManifestKind(NamedTuple):
-    """What a manifest turned out to be: a snapshot, an index (its entries), or an image."""
+    """What a manifest turned out to be: a snapshot, an index (its entries), or an image; of a
+    converted image, the digest of its snapshot."""
 
     is_snapshot: bool
     entries: tuple[Descriptor, ...] | None
+    snapshot: Digest | None = None
 
 
 def manifest_kind(raw: RawManifest) -> ManifestKind:
@@ -37,7 +40,21 @@ def manifest_kind(raw: RawManifest) -> ManifestKind:
     document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
     if isinstance(document, ImageIndex):
         return ManifestKind(False, document.manifests)
-    return ManifestKind(document.config.media_type == media_types.CONFIG, None)
+    is_snapshot = document.config.media_type == media_types.CONFIG
+    return ManifestKind(is_snapshot, None, None if is_snapshot else stands_for(document))
+
+
+def stands_for(image: ImageManifest) -> Digest | None:
+    """The digest of the snapshot that a converted image's stub layer names; None for any other.
+
+    Raises FormatError for an annotation that is no digest.
+    """
+    if len(image.layers) != 1 or ANNOTATION not in image.layers[0].annotations:
+        return None
+    try:
+        return parse_digest(image.layers[0].annotations[ANNOTATION])
+    except InvalidArgument as error:
+        raise FormatError("image manifest", ANNOTATION, 0, str(error)) from error
 
 
 def snapshot_manifest(raw: RawManifest) -> SnapshotManifest:

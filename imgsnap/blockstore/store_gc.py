@@ -2,9 +2,10 @@
 
 Roots are the tags (with `keep_tags`, of snapshots only those that match), and in a layout every
 manifest that is not ours. Kept is what they reach: entries of indexes, referrers of kept manifests,
-the converted layers of kept snapshots, and all their blobs. Everything else of ours is a candidate,
-and is deleted once it has been one for the grace period: a manifest before its blobs, so that a
-crash leaves blobs without a manifest and never the reverse.
+the snapshots that converted images name, the converted layers of kept snapshots, and all their
+blobs. Everything else of ours is a candidate, and is deleted once it has been one for the grace
+period: a manifest before its blobs, so that a crash leaves blobs without a manifest and never the
+reverse.
 
 A conversion may be about to use a pack that nothing refers to yet. In a layout, writers hold a lock
 that collecting takes for itself. In a registry, the grace period is one guard; the candidates are
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from imgsnap.blockstore.snapshot_manifest import stands_for
 from imgsnap.digest import Digest, digest_hex, parse_digest, sha256_digest
 from imgsnap.errors import FormatError, ImgsnapError, InvalidArgument, NotFound
 from imgsnap.formats.snapshot_config import CONFIG_SIZE_MAX, parse_config
@@ -57,7 +59,7 @@ class Candidate:
     @property
     def kind(self) -> str:
         artifact = self.document.artifact_type.removeprefix(OURS).partition(".")[0]
-        return "index" if isinstance(self.document, ImageIndex) else artifact
+        return "index" if isinstance(self.document, ImageIndex) else artifact or "image"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,22 @@ class _Graph:
         return digest
 
     def ours(self, digest: Digest) -> bool:
-        return self.documents[digest].artifact_type.startswith(OURS)
+        document = self.documents[digest]
+        return document.artifact_type.startswith(OURS) or self.snapshot(digest) is not None
+
+    def snapshot(self, digest: Digest) -> Digest | None:
+        """The snapshot that a converted image names."""
+        document = self.documents[digest]
+        return None if isinstance(document, ImageIndex) else stands_for(document)
+
+    def load_entries(self) -> None:
+        """Reads what the indexes of ours that were found list: nothing else leads to a converted
+        image in a registry."""
+        for digest, document in tuple(self.documents.items()):
+            if isinstance(document, ImageIndex) and self.ours(digest):
+                for entry in document.manifests:
+                    if entry.digest not in self.documents:
+                        self.load(entry.digest)
 
 
 def _reachable(repository: Collectable, options: Options) -> tuple[set[Digest], list[Candidate]]:
@@ -149,6 +166,7 @@ def _reachable(repository: Collectable, options: Options) -> tuple[set[Digest], 
     kept = _close(repository, graph, roots)
     needed = {tag for digest in kept for tag in _layer_tags(repository, graph, digest)}
     kept |= _close(repository, graph, [layers[tag] for tag in layers if tag in needed])
+    graph.load_entries()
     candidates = [
         Candidate(digest, tuple(tags.get(digest, ())), document)
         for digest, document in graph.documents.items()
@@ -198,6 +216,9 @@ def _close(repository: Collectable, graph: _Graph, roots: Iterable[Digest]) -> s
         document = graph.documents[digest]
         if isinstance(document, ImageIndex):
             open_ += [entry.digest for entry in document.manifests]
+        named = graph.snapshot(digest)
+        if named is not None:
+            open_.append(named)
         open_ += [entry.digest for entry in repository.referrers(digest, "")]
     return kept
 

@@ -1,5 +1,6 @@
-"""A channel to a gRPC service on a unix socket: containerd, the CRI, or our own snapshotter."""
+"""gRPC on unix sockets: channels to containerd, the CRI or our own services, and serving there."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,11 +59,37 @@ def connect(
         # the socket's path, which is the default, is refused as an authority by Go's server
         ("grpc.default_authority", "localhost"),
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+        # the default doubles up to two minutes, which is for far servers: a restart takes a second
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 1000),
     ]
     channel = grpc.insecure_channel(f"unix:{socket.absolute()}", options=options)
     headers = [(NAMESPACE_HEADER, namespace), (LEASE_HEADER, lease)]
     metadata = tuple((name, value) for name, value in headers if value is not None)
     return grpc.intercept_channel(channel, _AddMetadata(metadata, timeout))
+
+
+def start_at(server: grpc.Server, address: Path) -> None:
+    """Starts a server at the socket `address`, which only root may use. Raises InvalidArgument.
+
+    The socket gets its name when it answers, and takes the place of a killed process's: the caller
+    knows that no other process answers there.
+    """
+    address.parent.mkdir(parents=True, exist_ok=True)
+    new = address.with_name(f"{address.name}.new")
+    new.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        server.add_insecure_port(f"unix:{new}")
+    except RuntimeError as error:
+        raise InvalidArgument(
+            f"cannot listen at {address}", hint="a socket's path has at most 103 bytes here"
+        ) from error
+    finally:
+        os.umask(before)
+    server.start()
+    new.rename(address)
 
 
 @contextmanager

@@ -16,12 +16,12 @@ from imgsnap.formats.layer_index import LayerIndex
 from imgsnap.formats.rules import Rules
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageManifest, parse_manifest, raw_manifest
+from imgsnap.oci.published import RULES
 from imgsnap.oci.repository import Descriptor, RawManifest, Repository, WritableRepository
 from imgsnap.units import MIB
 
 RECORD = "layer artefact"
 DIFF_ID = "io.imgsnap.layer.diffid"
-RULES = "io.imgsnap.rules"
 EMPTY = b"{}"
 INDEX_LEVEL = 3
 INDEX_BLOB_MAX = 256 * MIB

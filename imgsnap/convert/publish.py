@@ -4,19 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from imgsnap.blockstore.chunk_index import ChunkIndex
-from imgsnap.convert.artifact import RULES
 from imgsnap.convert.dedupe import sync_chunk_index
+from imgsnap.convert.image import put_image
 from imgsnap.convert.pipeline import Conversion, ConvertedImage, Options
 from imgsnap.convert.progress import Progress
 from imgsnap.convert.source import SourceImage
 from imgsnap.errors import AlreadyExists, NotFound
 from imgsnap.formats.rules import Rules
 from imgsnap.oci import media_types
-from imgsnap.oci.manifest import ImageIndex, ImageManifest, parse_document, raw_manifest
-from imgsnap.oci.repository import Descriptor, RawManifest, Repository, WritableRepository
-
-SOURCE = "io.imgsnap.source"
-"""On an index entry: digest of the image manifest that the snapshot was made from."""
+from imgsnap.oci.manifest import ImageIndex, raw_manifest
+from imgsnap.oci.published import NO_PLATFORM, RULES, SOURCE, Content, Form, content_of
+from imgsnap.oci.repository import (
+    Descriptor,
+    RawManifest,
+    Repository,
+    WritableRepository,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +31,15 @@ class Published:
 
 
 def existing(
-    target: Repository, tag: str, images: Sequence[SourceImage], rules: Rules
+    target: Repository, tag: str, images: Sequence[SourceImage], rules: Rules, form: Form
 ) -> RawManifest | None:
     """The tag's manifest when it is already the snapshot of these images under these rules.
 
     Raises AlreadyExists when the tag holds something that is no snapshot at all.
     """
     raw = held_snapshot(target, tag)
-    wanted = [(str(image.manifest.descriptor.digest), rules.text) for image in images]
-    return raw if raw is not None and _sources(raw) == wanted else None
+    sources = tuple((str(image.manifest.descriptor.digest), rules.text) for image in images)
+    return raw if raw is not None and content_of(raw) == Content(form, sources) else None
 
 
 def held_snapshot(target: Repository, tag: str) -> RawManifest | None:
@@ -48,27 +51,13 @@ def held_snapshot(target: Repository, tag: str) -> RawManifest | None:
         raw = target.manifest(tag)
     except NotFound:
         return None
-    if _sources(raw) is None:
+    if content_of(raw) is None:
         raise AlreadyExists(
             f"{target.name}: tag {tag!r} holds something that is not a snapshot",
             hint="choose another tag for the snapshot, for example "
             f"{tag}-imgsnap; the image stays as it is",
         )
     return raw
-
-
-def _sources(raw: RawManifest) -> list[tuple[str, str]] | None:
-    """(source manifest digest, rules) of each snapshot; None for anything else."""
-    document = parse_document(raw.raw, media_type=raw.descriptor.media_type)
-    if document.artifact_type != media_types.ARTIFACT_SNAPSHOT:
-        return None
-    if isinstance(document, ImageManifest):
-        subject = str(document.subject.digest) if document.subject else ""
-        return [(subject, document.annotations.get(RULES, ""))]
-    return [
-        (entry.annotations.get(SOURCE, ""), entry.annotations.get(RULES, ""))
-        for entry in document.manifests
-    ]
 
 
 def publish(
@@ -80,47 +69,61 @@ def publish(
     options: Options,
     progress: Progress,
     *,
-    as_index: bool = False,
+    form: Form = Form.SNAPSHOT,
     force: bool = False,
     reuse: Sequence[Repository] = (),
 ) -> Published:
     """Converts the images and tags the result; the tag is moved last.
 
-    With `as_index`, or for more than one image, the tag holds an index. An up-to-date tag is
-    left alone unless `force`.
+    More than one image make an index, whatever `form` says. An up-to-date tag is left alone unless
+    `force`.
     """
-    as_index = as_index or len(images) != 1
+    if form is Form.SNAPSHOT and len(images) != 1:
+        form = Form.INDEX
     if not force:
-        current = existing(target, tag, images, options.rules)
-        if current is not None and (current.descriptor.media_type == media_types.OCI_INDEX) == (
-            as_index
-        ):
+        current = existing(target, tag, images, options.rules, form)
+        if current is not None:
             return Published(current, ())
     for repository in (target, *reuse):
         sync_chunk_index(repository, index)
     with Conversion(target, index, options, progress, reuse=reuse) as conversion:
         converted = tuple(conversion.convert(source, image) for image in images)
-    if as_index:
-        manifest = _index(images, converted)
-    else:
+    if form is Form.SNAPSHOT:
         manifest = converted[0].snapshot.manifest
+    else:
+        manifest = _index(target, images, converted, form)
     target.put_manifest(manifest, [tag])
     return Published(manifest, converted)
 
 
-def _index(images: Sequence[SourceImage], converted: Sequence[ConvertedImage]) -> RawManifest:
-    entries: list[Descriptor] = []
+def _index(
+    target: WritableRepository,
+    images: Sequence[SourceImage],
+    converted: Sequence[ConvertedImage],
+    form: Form,
+) -> RawManifest:
+    """Images come first: clients take the first entry that fits their platform."""
+    runnable: list[Descriptor] = []
+    behind: list[Descriptor] = []
     for image, result in zip(images, converted, strict=True):
         snapshot = result.snapshot
-        entries.append(
-            replace(
-                snapshot.manifest.descriptor,
-                artifact_type="",  # skopeo drops it from entries, and so would change the digest
-                platform=image.platform,
-                annotations={
-                    SOURCE: str(image.manifest.descriptor.digest),
-                    RULES: snapshot.config.rules,
-                },
-            )
-        )
-    return raw_manifest(ImageIndex(tuple(entries), artifact_type=media_types.ARTIFACT_SNAPSHOT))
+        if form is Form.IMAGE:
+            runnable.append(_entry(image, result, put_image(target, image, snapshot)))
+            # Listed, so that registries keep it and copies of the index take it along.
+            behind.append(replace(_entry(image, result, snapshot.manifest), platform=NO_PLATFORM))
+        else:
+            runnable.append(_entry(image, result, snapshot.manifest))
+    entries = (*runnable, *behind)
+    return raw_manifest(ImageIndex(entries, artifact_type=media_types.ARTIFACT_SNAPSHOT))
+
+
+def _entry(image: SourceImage, result: ConvertedImage, manifest: RawManifest) -> Descriptor:
+    return replace(
+        manifest.descriptor,
+        artifact_type="",  # skopeo drops it from entries, and so would change the digest
+        platform=image.platform,
+        annotations={
+            SOURCE: str(image.manifest.descriptor.digest),
+            RULES: result.snapshot.config.rules,
+        },
+    )

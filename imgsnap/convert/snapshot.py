@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from imgsnap.convert.artifact import (
-    RULES,
     LayerArtifact,
     missing_pack,
     pack_descriptor,
@@ -21,6 +20,7 @@ from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
 from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageManifest, raw_manifest
+from imgsnap.oci.published import RULES
 from imgsnap.oci.repository import RawManifest, WritableRepository
 from imgsnap.units import BLOCK_SIZE
 

@@ -1,14 +1,14 @@
 """The source image: which manifest is meant, its config, its layers."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from imgsnap.convert.ingest import LayerSource
 from imgsnap.convert.limits import Limits
-from imgsnap.digest import Digest, parse_digest
+from imgsnap.digest import Digest, chain_ids, parse_digest
 from imgsnap.errors import FormatError, InvalidArgument, NotFound, Unsupported
+from imgsnap.formats.stub_layer import ANNOTATION
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageIndex, ImageManifest, parse_document, parse_json_object
 from imgsnap.oci.platforms import host_platform, matches
@@ -31,15 +31,8 @@ class SourceImage:
 
     @property
     def chain_ids(self) -> list[Digest]:
-        """image-spec, config.md, "Layer ChainID"."""
-        chain: list[Digest] = []
-        for layer in self.layers:
-            if not chain:
-                chain.append(layer.diff_id)
-                continue
-            text = f"{chain[-1]} {layer.diff_id}".encode()
-            chain.append(Digest("sha256:" + hashlib.sha256(text).hexdigest()))
-        return chain
+        """Of each layer, bottom first."""
+        return chain_ids(layer.diff_id for layer in self.layers)
 
 
 def select_images(
@@ -112,6 +105,11 @@ def _read_image(
     if manifest.artifact_type == media_types.ARTIFACT_SNAPSHOT:
         raise InvalidArgument(
             f"{repository.name}: is a snapshot already", hint="name the image it was made from"
+        )
+    if any(ANNOTATION in layer.annotations for layer in manifest.layers):
+        raise InvalidArgument(
+            f"{repository.name}: is a converted image already",
+            hint="name the image it was made from",
         )
     if manifest.config.media_type not in media_types.IMAGE_CONFIGS:
         raise InvalidArgument(

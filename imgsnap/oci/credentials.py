@@ -1,9 +1,9 @@
 """Finds a registry's credentials in the files and helpers that docker and podman use.
 
-Order: one file given by the caller; else ``$REGISTRY_AUTH_FILE``; else
-``$XDG_RUNTIME_DIR/containers/auth.json``, ``$XDG_CONFIG_HOME/containers/auth.json`` and
-``$DOCKER_CONFIG/config.json`` (``~/.docker`` without it). The environment is the caller's
-mapping: this module never looks at the process's own.
+Order: a first file, which may be missing; then one file given by the caller, else
+``$REGISTRY_AUTH_FILE``, else ``$XDG_RUNTIME_DIR/containers/auth.json``,
+``$XDG_CONFIG_HOME/containers/auth.json`` and ``$DOCKER_CONFIG/config.json`` (``~/.docker`` without
+it). The environment is the caller's mapping: this module never looks at the process's own.
 """
 
 import base64
@@ -60,10 +60,12 @@ class CredentialSource:
         environ: Mapping[str, str],
         registry_config: Path | None = None,
         *,
+        first: Path | None = None,
         helper_timeout_s: float = HELPER_TIMEOUT_S,
     ) -> None:
         self._environ = dict(environ)
         self._registry_config = registry_config
+        self._first = first
         self._helper_timeout_s = helper_timeout_s
 
     def lookup(self, registry: str, repository: str = "") -> Credentials | None:
@@ -82,6 +84,8 @@ class CredentialSource:
 
     def _files(self) -> Iterator[Path]:
         environ = self._environ
+        if self._first is not None:
+            yield self._first
         if self._registry_config is not None:
             yield self._registry_config
             return

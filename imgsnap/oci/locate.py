@@ -39,6 +39,7 @@ class RegistryOptions:
     read_timeout_s: float = READ_TIMEOUT_S
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     hosts_dir: Path | None = None  # of hosts.toml files, one directory per registry
+    pod_credentials: Path | None = None  # asked before all others; may be missing
 
     def connection_options(self) -> ConnectionOptions:
         """The part that concerns connections. Raises InvalidArgument when it is contradictory."""

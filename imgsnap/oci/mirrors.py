@@ -58,7 +58,7 @@ def open_registry(
     Raises InvalidArgument for a malformed hosts.toml, Unsupported when no host takes writes.
     """
     found = find_hosts(options.hosts_dir, location.registry) if options.hosts_dir else None
-    credentials = CredentialSource(environ, options.registry_config)
+    credentials = CredentialSource(environ, options.registry_config, first=options.pod_credentials)
 
     def at(registry: str, endpoint: Endpoint | None, **settings: object) -> RegistryRepository:
         transport = Transport(

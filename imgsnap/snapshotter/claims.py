@@ -7,7 +7,7 @@ fetched and unpacked.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,15 +116,22 @@ class Claims:
 
         Shows a device and materialises placeholders, so it may take long. Raises ImgsnapError.
         """
-        found: list[Path] = []
+        rows: list[Row] = []
         for row in self._ledger.chain(parent):
+            rows.append(row)
             if row.device is not None:
-                found.append(self._show(row, row.device))
                 break  # it is the content of all beneath as well
-            if row.is_placeholder:
-                self._materialise(row)
-            found.append(self._directories.fs(row.id))
+        found: list[Path] = []
+        for row in reversed(rows):  # a layer is unpacked with a view of those beneath it
+            found.insert(0, self._place(row, found))
         return tuple(found)
+
+    def _place(self, row: Row, lowers: Sequence[Path]) -> Path:
+        if row.device is not None:
+            return self._show(row, row.device)
+        if row.is_placeholder:
+            self._materialise(row, lowers)
+        return self._directories.fs(row.id)
 
     def _show(self, row: Row, device: Digest) -> Path:
         if self._devices is None or row.claim is None:
@@ -133,20 +140,20 @@ class Claims:
             )
         return self._devices.show(row.claim.repository, device)
 
-    def _materialise(self, row: Row) -> None:
+    def _materialise(self, row: Row, lowers: Sequence[Path]) -> None:
         """Fetches the layer of a placeholder; who comes second waits for the first."""
         with self._locks.hold(row.id):
             now = self._ledger.get(row.name)
             if now.is_placeholder and now.claim is not None:
-                self._unpack(now, now.claim)
+                self._unpack(now, now.claim, lowers)
 
-    def _unpack(self, row: Row, claim: Claim) -> None:
+    def _unpack(self, row: Row, claim: Claim, lowers: Sequence[Path]) -> None:
         if self._unpacker is None:
             raise Unsupported(f"snapshot {row.name!r} has no content, and nothing unpacks it")
         _log.info("fetching layer %s of %s", claim.layer.digest, claim.repository)
         place = self._directories.create(writable=False)
         try:
-            self._unpacker.unpack(claim.repository, claim.layer, place / "fs")
+            self._unpacker.unpack(claim.repository, claim.layer, place / "fs", lowers)
             self._directories.sync(place)  # nobody would look at these bytes again
             with self._ledger.change() as changes:
                 now = self._ledger.get(row.name)

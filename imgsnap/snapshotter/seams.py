@@ -1,6 +1,6 @@
 """What the snapshotter's core needs from others: who finds, who shows and who unpacks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -61,6 +61,13 @@ class Devices(Protocol):
 class LayerUnpacker(Protocol):
     """Fetches and unpacks ordinary layers."""
 
-    def unpack(self, repository: str, layer: ImageLayer, directory: Path) -> None:
+    def unpack(
+        self, repository: str, layer: ImageLayer, directory: Path, lowers: Sequence[Path]
+    ) -> None:
         """Fetches one layer, verifies its digest and its diffID, and writes its tree in overlay
-        form (whiteouts, opaque directories) into an empty directory. Raises ImgsnapError."""
+        form (whiteouts, opaque directories) into an empty directory. After an error it may hold
+        part of it.
+
+        `lowers` are the directories of the layers beneath in the same form, the uppermost first:
+        a directory that the layer has no entry for gets the attributes it has there, and hard
+        links may lead there. Raises ImgsnapError."""

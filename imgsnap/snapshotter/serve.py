@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -15,17 +15,20 @@ import grpc
 from imgsnap.containerd.api.services.snapshots.v1.snapshots_pb2_grpc import (
     add_SnapshotsServicer_to_server,
 )
-from imgsnap.containerd.connection import MESSAGE_BYTES_MAX
-from imgsnap.errors import AccessDenied, Busy
+from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, start_at
+from imgsnap.errors import Busy
 from imgsnap.node.systemd import notify
 from imgsnap.snapshotter.claims import Claims
 from imgsnap.snapshotter.directories import Directories
+from imgsnap.snapshotter.image_service import ImageService, start_image_service
 from imgsnap.snapshotter.ledger import Ledger
 from imgsnap.snapshotter.seams import Devices, ImageFinder, LayerUnpacker
 from imgsnap.snapshotter.service import SnapshotsService
 from imgsnap.snapshotter.snapshots import Snapshots
 
 THREADS = 16
+WAITING_THREADS = 64
+"""For calls that may wait for a registry."""
 STOP_GRACE_S = 10.0
 """For calls under way when the process is asked to end."""
 _log = logging.getLogger(__name__)
@@ -38,23 +41,31 @@ def serve(
     finder: ImageFinder | None = None,
     devices: Devices | None = None,
     unpacker: LayerUnpacker | None = None,
+    image_service: ImageService | None = None,
 ) -> int:
     """Serves the snapshots in `root` at the socket `address` until SIGTERM or SIGINT.
 
-    Without a finder and devices every image is an ordinary one. To be called in the main thread.
+    Without a finder and devices every image is an ordinary one. With an image service that is
+    served too, for credentials. To be called in the main thread.
     Raises Busy when another process serves `root`.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with opened(root, finder=finder, devices=devices, unpacker=unpacker) as snapshots:
-        server = start_server(snapshots, address)
+        servers = [start_server(snapshots, address)]
         _log.info("serving %s at %s", root, address)
+        if image_service is not None:
+            servers.append(start_image_service(image_service))
+            _log.info("serving CRI's images at %s", image_service.address)
         notify(os.environ, "READY=1")
         stop.wait()
         notify(os.environ, "STOPPING=1")
-        server.stop(STOP_GRACE_S).wait()
+        for ended in [server.stop(STOP_GRACE_S) for server in servers]:
+            ended.wait()
         address.unlink(missing_ok=True)
+        if image_service is not None:
+            image_service.address.unlink(missing_ok=True)
     return 0
 
 
@@ -68,7 +79,7 @@ def opened(
 ) -> Iterator[Snapshots]:
     """The snapshots in `root`, recovered, and closed in the end; one process at a time.
 
-    Raises Busy, AccessDenied, and what opening the ledger raises.
+    Raises Busy, and what opening the ledger raises.
     """
     with _owned(root):
         ledger = Ledger.open(root)
@@ -86,23 +97,14 @@ def opened(
 
 
 def start_server(snapshots: Snapshots, address: Path) -> grpc.Server:
-    """A running server at the socket `address`, which only root may use. Raises AccessDenied."""
-    address.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(FileNotFoundError):
-        address.unlink()  # of a process that was killed: `root` is locked, so it is nobody's
+    """A running server at the socket `address`. Raises InvalidArgument; see `start_at`."""
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.so_reuseport", 0)],
     )
-    add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)
-    before = os.umask(0o177)
-    try:
-        server.add_insecure_port(f"unix:{address}")
-    except RuntimeError as error:
-        raise AccessDenied(f"cannot listen at {address}") from error
-    finally:
-        os.umask(before)
-    server.start()
+    waiting = ThreadPoolExecutor(WAITING_THREADS, thread_name_prefix="waiting-rpc")
+    add_SnapshotsServicer_to_server(SnapshotsService(snapshots, waiting), server)
+    start_at(server, address)  # `root` is locked, so nobody else answers there
     return server
 
 
@@ -115,7 +117,9 @@ def _owned(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Busy(f"another process serves {root}") from error
+            raise Busy(
+                f"another process serves {root}", hint="stop it, or give this one another --root"
+            ) from error
         yield
     finally:
         os.close(fd)

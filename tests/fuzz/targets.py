@@ -1,25 +1,34 @@
 """The parsers that a registry or a user reaches. A new one is a function with `@target` on it."""
 
+import contextlib
 import gzip
 import json
 import os
+import random
+import shutil
 import socket
+import tarfile
 import tempfile
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from imgsnap.blockstore.extent_cache import PresenceHeader
 from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
+from imgsnap.containerd.api.cri.v1 import cri_pb2
+from imgsnap.containerd.config import snippet
+from imgsnap.convert.ingest import LayerSource, index_tar
 from imgsnap.convert.limits import Limits
 from imgsnap.convert.tar import TarReader
 from imgsnap.digest import sha256_digest
-from imgsnap.errors import FormatError
+from imgsnap.errors import FormatError, InvalidArgument
 from imgsnap.formats import chunk_map_codec, erofs, layer_index_codec, layer_index_layout
 from imgsnap.formats.erofs_read import ErofsReader
 from imgsnap.formats.frame import compress, decompress
 from imgsnap.formats.layer_index import Kind
+from imgsnap.formats.rules import Rules
 from imgsnap.formats.snapshot_config import parse_config
 from imgsnap.oci.archive import DockerArchiveRepository, OciArchiveRepository
 from imgsnap.oci.auth import Scope, basic_header, parse_challenges, parse_token_answer
@@ -33,11 +42,30 @@ from imgsnap.oci.manifest import parse_document
 from imgsnap.oci.reference import parse_location
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.oci.retry import retry_after_s
+from imgsnap.snapshotter.doctor import examine_containerd
+from imgsnap.snapshotter.filters import parse_filters
+from imgsnap.snapshotter.image_labels import parse_image_labels
+from imgsnap.snapshotter.image_service import pulled_with
+from imgsnap.snapshotter.labels import (
+    GID_MAPPING,
+    IMAGE_REF,
+    MANIFEST_DIGEST,
+    SNAPSHOT_DIGEST,
+    TARGET,
+    UID_MAPPING,
+    check_labels,
+    digest_label,
+    mapped_root,
+)
+from imgsnap.snapshotter.layer_tree import write_layer
+from imgsnap.snapshotter.rows import Kind as SnapshotKind
+from imgsnap.snapshotter.rows import Row, decode, encode
 from tests.fuzz.harness import Target
 from tests.support.golden import golden_files
 from tests.support.images import Bytes
 from tests.support.oci_images import descriptor_of, repository_at, tar_of
 from tests.support.snapshots import BuiltSnapshot, build_snapshot, index_manifest, random_device
+from tests.support.tars import Item, layer_tar
 
 TARGETS: dict[str, Target] = {}
 JSON_WORDS = (
@@ -171,6 +199,22 @@ def _(data: bytes) -> None:
 def _(data: bytes) -> None:
     location = parse_location(data.decode("utf-8", "surrogateescape"))
     str(location)
+
+
+@target(
+    "image-labels",
+    seeds=lambda: [
+        b"registry.example:5000/team/app:1.0@sha256:" + b"a" * 64,
+        b"sha256:" + b"b" * 64,
+        b"docker.io/library/nginx:1.27",
+    ],
+    words=(b"oci:", b"store:", b"docker://", b"/", b"@", b"..", b"\n", b"\xff", b"a" * 4096),
+    size_max=1 << 14,
+)
+def _(data: bytes) -> None:
+    text = data.decode("utf-8", "surrogateescape")
+    for name in (IMAGE_REF, MANIFEST_DIGEST, SNAPSHOT_DIGEST):
+        parse_image_labels({name: text})
 
 
 @target(
@@ -326,6 +370,57 @@ def _(data: bytes) -> None:
         repr(entry)
 
 
+def layer_tars() -> list[bytes]:
+    """Two layers with whatever a layer may bring."""
+    rng = random.Random(1)
+    return [
+        *archives(),
+        layer_tar([Item(b"a/b", content=b"x" * 600), Item(b"l", tarfile.SYMTYPE, link=b"/a")]),
+        layer_tar(
+            [
+                Item(b"a", tarfile.DIRTYPE, mode=0o755, xattrs={b"user.x": b"1"}),
+                Item(b"a/.wh.b"),
+                Item(b"a/h", tarfile.LNKTYPE, link=b"a/b"),
+                Item(b"d/.wh..wh..opq"),
+                Item(b"n", tarfile.CHRTYPE, device=(1, 3)),
+                Item(b"p", tarfile.FIFOTYPE),
+                Item(b"up", tarfile.SYMTYPE, link=b"../.."),
+                Item(b"up/out", content=rng.randbytes(700)),
+            ]
+        ),
+    ]
+
+
+@target(
+    "unpack-layer",
+    seeds=layer_tars,
+    repair=with_tar_checksums,
+    words=(b"../", b"/", b".wh.", b".wh..wh..opq", b"..", b"a/b", b"5", b"2", b"1"),
+    size_max=1 << 16,
+    cost=20,
+)
+def _(data: bytes) -> None:
+    """On top of a lower layer; nothing may come to be outside of the directory."""
+    place = Path(tempfile.mkdtemp(dir=_SCRATCH.name))
+    try:
+        for name in ("lower", "in/layer"):
+            (place / name).mkdir(parents=True)
+        (place / "lower/a").mkdir()
+        (place / "lower/a/b").write_text("b")
+        (place / "lower/l").symlink_to("/")
+        (place / "tar").write_bytes(data)
+        source = LayerSource(descriptor_of(data), sha256_digest(data))
+        limits = Limits(entries=1000, file_size=1 << 20)
+        built = index_tar(place / "tar", source, Rules(), limits, strip_root=True)
+        with (place / "tar").open("rb") as tar, suppress(OSError):
+            write_layer(built, tar.fileno(), place / "in/layer", [place / "lower"])
+    finally:
+        found = {str(path.relative_to(place)) for path in place.glob("*")} - {"tar"}
+        outside = [*(place / "in").glob("*"), *(place / "lower/a").glob("*")]
+        shutil.rmtree(place)
+    assert found == {"lower", "in"} and len(outside) == 2
+
+
 @cache
 def answers() -> _Answers:
     return _Answers()
@@ -370,3 +465,72 @@ def _(data: bytes) -> None:
         repository.tags()
     finally:
         repository.close()
+
+
+@target(
+    "snapshot-filter",
+    seeds=lambda: [
+        b'labels."containerd.io/snapshot.ref"==sha256:0,parent=="n/1/x"',
+        b'name~=/a.b/,kind!="view",labels.a.b',
+        rb'a=="\x41\101\u00e9\U0001f600\n\""',
+    ],
+    words=(b'"', b"\\", b"==", b"!=", b"~=", b",", b".", b"/", b"|", b"\\x", b"\\U", b"(", b"*"),
+)
+def _(data: bytes) -> None:
+    row = Row(1, "n/1/x", "", SnapshotKind.VIEW, 0, 0, {"a.b": "c" * 4000})
+    parse_filters(data.decode("utf-8", "replace").split("\0"))(row)
+
+
+@target(
+    "snapshot-labels",
+    seeds=lambda: [b"0:100000:65536,65536:5:1", b"sha256:" + b"a" * 64],
+    words=(b":", b",", b"0", b"4294967295", b"sha256:"),
+)
+def _(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    labels = check_labels({UID_MAPPING: text, GID_MAPPING: "0:0:1", TARGET: text})
+    with contextlib.suppress(InvalidArgument):
+        digest_label(labels, TARGET)
+    mapped_root(labels)
+
+
+@target(
+    "snapshot-row",
+    seeds=lambda: [
+        b'{"kind":"committed","created":1,"updated":2,"labels":{"a":"b"},"usage":{"size":1,'
+        b'"inodes":2},"claim":{"repository":"r","layer":{"diff_id":"d","digest":"d","size":1,'
+        b'"media_type":"m","chain_id":"c"},"device":null,"materialised":false}}'
+    ],
+    words=JSON_WORDS,
+)
+def _(data: bytes) -> None:
+    encode(decode(1, "name", "", data.decode("utf-8", "replace")))
+
+
+def pull_requests() -> list[bytes]:
+    image = cri_pb2.ImageSpec(image="registry.example:5000/team/app:1")
+    parts = [
+        cri_pb2.AuthConfig(username="u", password="p", server_address="https://registry.example"),
+        cri_pb2.AuthConfig(auth="dTpw", server_address="registry.example:5000"),
+        cri_pb2.AuthConfig(identity_token="t"),
+    ]
+    return [cri_pb2.PullImageRequest(image=image, auth=p).SerializeToString() for p in parts]
+
+
+@target("pull-request", seeds=pull_requests)
+def _(data: bytes) -> None:
+    pulled_with(data)
+
+
+@target(
+    "containerd-config",
+    seeds=lambda: [
+        snippet(v, Path("/s"), Path("/r"), "linux/amd64").encode() for v in ((1, 7), (2, 0))
+    ],
+    words=(b"imports = ", b"[[", b"]]", b"version = 2", b"disabled_plugins = ", b'["*"]', b"= 1\n"),
+)
+def _(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "config.toml"
+        file.write_bytes(data)
+        list(examine_containerd(Path("/s"), file=file))

@@ -117,7 +117,7 @@ def test_ls_knows_snapshots_from_other_things(
     cli: Cli, registry: DockerRegistry, name: str, tmp_path
 ):
     assert cli("ls", "--format", "json").json["snapshots"] == []
-    assert cli("ls").out.split() == ["NAME", "DIGEST", "PLATFORM", "STORED"]
+    assert cli("ls").out.split() == ["NAME", "DIGEST", "FORM", "PLATFORM", "STORED"]
     remote = registry.put(name, collect(image(base_tar()), "image"))
     cli.convert(remote, f"{registry.address}/{name}:snap", HTTP)
     out = cli("ls", HTTP, "-q", f"{registry.address}/{name}").out

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imgsnap.snapshotter.ledger import Ledger
+from imgsnap.snapshotter.rows import Row
 from tests.support.cli import REPOSITORY
 
 _START_S = 60.0
@@ -71,6 +73,11 @@ class Snapshotter:
 
     def kill(self) -> None:
         self.stop(signal.SIGKILL)
+
+    def rows(self) -> list[Row]:
+        """Read beside the running process, as the command line does."""
+        with contextlib.closing(Ledger.read(self.root)) as ledger:
+            return ledger.scan()
 
     def files(self) -> list[str]:
         """What is in its directories of snapshots."""
