@@ -12,7 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from imgsnap.digest import Digest
-from imgsnap.errors import Busy, ImgsnapError, InvalidArgument, Unsupported
+from imgsnap.errors import (
+    Busy,
+    ImgsnapError,
+    IntegrityError,
+    InvalidArgument,
+    NotFound,
+    Unsupported,
+)
 from imgsnap.snapshotter.directories import Directories
 from imgsnap.snapshotter.labels import TARGET, digest_label
 from imgsnap.snapshotter.ledger import Ledger
@@ -82,7 +89,7 @@ class Claims:
     def _show_and_claim(
         self, image: ImageSnapshot, index: int, parent: str, labels: Mapping[str, str]
     ) -> Row | None:
-        if self._devices is None:
+        if self._devices is None or self._finder is None:
             return None
         device = image.digest if index == len(image.layers) - 1 else None
         # a device is not released between being shown and being in a row
@@ -91,7 +98,10 @@ class Claims:
                 self._devices.show(image.repository, image.digest)
             except ImgsnapError as error:
                 _log.warning("not claimed: %s of %s: %s", image.digest, image.repository, error)
+                if isinstance(error, NotFound | IntegrityError):
+                    self._finder.gone(labels)
                 return None
+            self._finder.opened(image)
             return self._write(Claim(image.repository, image.layers[index], device), parent, labels)
 
     def _write(self, claim: Claim, parent: str, labels: Mapping[str, str]) -> Row:

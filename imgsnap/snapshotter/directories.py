@@ -39,8 +39,8 @@ class Directories:
         """
         if _FORBIDDEN.search(str(root)) or not root.is_absolute():
             raise InvalidArgument(
-                f"{str(root)!r}: a snapshotter's directory is an absolute path without blanks, "
-                "commas, colons, quotes and backslashes"
+                f"{str(root)!r} cannot be a snapshotter's directory: overlayfs could not name it",
+                hint="an absolute path without blanks, commas, colons, quotes and backslashes",
             )
         self._snapshots = root / SNAPSHOTS
         self._removed = root / REMOVED

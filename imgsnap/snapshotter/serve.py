@@ -26,6 +26,8 @@ from imgsnap.snapshotter.service import SnapshotsService
 from imgsnap.snapshotter.snapshots import Snapshots
 
 THREADS = 16
+WAITING_THREADS = 64
+"""For calls that may wait for a registry."""
 STOP_GRACE_S = 10.0
 """For calls under way when the process is asked to end."""
 _log = logging.getLogger(__name__)
@@ -97,7 +99,8 @@ def start_server(snapshots: Snapshots, address: Path) -> grpc.Server:
         ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.so_reuseport", 0)],
     )
-    add_SnapshotsServicer_to_server(SnapshotsService(snapshots), server)
+    waiting = ThreadPoolExecutor(WAITING_THREADS, thread_name_prefix="waiting-rpc")
+    add_SnapshotsServicer_to_server(SnapshotsService(snapshots, waiting), server)
     before = os.umask(0o177)
     try:
         server.add_insecure_port(f"unix:{new}")
@@ -121,7 +124,9 @@ def _owned(root: Path) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise Busy(f"another process serves {root}") from error
+            raise Busy(
+                f"another process serves {root}", hint="stop it, or give this one another --root"
+            ) from error
         yield
     finally:
         os.close(fd)

@@ -3,6 +3,8 @@
 import errno
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -29,6 +31,7 @@ from imgsnap.snapshotter.snapshots import Snapshots
 
 LIST_BATCH = 100
 """Rows in one message of List, as containerd's own service sends."""
+MAY_WAIT = ("Prepare", "View", "Mounts")
 
 _CODES: tuple[tuple[type[ImgsnapError], grpc.StatusCode], ...] = (
     (NotFound, grpc.StatusCode.NOT_FOUND),
@@ -49,8 +52,14 @@ _Result = TypeVar("_Result")
 class SnapshotsService(stubs.SnapshotsServicer):
     """Called by gRPC's threads."""
 
-    def __init__(self, snapshots: Snapshots) -> None:
+    def __init__(self, snapshots: Snapshots, waiting: ThreadPoolExecutor) -> None:
+        """`waiting` runs the calls that may wait for a registry: however many do, the others are
+        answered. Commit above all, which containerd makes inside its global transaction."""
         self._snapshots = snapshots
+        for name in MAY_WAIT:
+            call = partial(getattr(self, name))
+            call.experimental_thread_pool = waiting  # type: ignore[attr-defined]
+            setattr(self, name, call)
 
     def Prepare(self, request: Any, context: Any) -> Any:  # noqa: N802
         made = self._run(

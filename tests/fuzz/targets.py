@@ -1,5 +1,6 @@
 """The parsers that a registry or a user reaches. A new one is a function with `@target` on it."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -20,7 +21,7 @@ from imgsnap.convert.ingest import LayerSource, index_tar
 from imgsnap.convert.limits import Limits
 from imgsnap.convert.tar import TarReader
 from imgsnap.digest import sha256_digest
-from imgsnap.errors import FormatError
+from imgsnap.errors import FormatError, InvalidArgument
 from imgsnap.formats import chunk_map_codec, erofs, layer_index_codec, layer_index_layout
 from imgsnap.formats.erofs_read import ErofsReader
 from imgsnap.formats.frame import compress, decompress
@@ -39,9 +40,22 @@ from imgsnap.oci.manifest import parse_document
 from imgsnap.oci.reference import parse_location
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.oci.retry import retry_after_s
+from imgsnap.snapshotter.filters import parse_filters
 from imgsnap.snapshotter.image_labels import parse_image_labels
-from imgsnap.snapshotter.labels import IMAGE_REF, MANIFEST_DIGEST, SNAPSHOT_DIGEST
+from imgsnap.snapshotter.labels import (
+    GID_MAPPING,
+    IMAGE_REF,
+    MANIFEST_DIGEST,
+    SNAPSHOT_DIGEST,
+    TARGET,
+    UID_MAPPING,
+    check_labels,
+    digest_label,
+    mapped_root,
+)
 from imgsnap.snapshotter.layer_tree import write_layer
+from imgsnap.snapshotter.rows import Kind as SnapshotKind
+from imgsnap.snapshotter.rows import Row, decode, encode
 from tests.fuzz.harness import Target
 from tests.support.golden import golden_files
 from tests.support.images import Bytes
@@ -447,3 +461,43 @@ def _(data: bytes) -> None:
         repository.tags()
     finally:
         repository.close()
+
+
+@target(
+    "snapshot-filter",
+    seeds=lambda: [
+        b'labels."containerd.io/snapshot.ref"==sha256:0,parent=="n/1/x"',
+        b'name~=/a.b/,kind!="view",labels.a.b',
+        rb'a=="\x41\101\u00e9\U0001f600\n\""',
+    ],
+    words=(b'"', b"\\", b"==", b"!=", b"~=", b",", b".", b"/", b"|", b"\\x", b"\\U", b"(", b"*"),
+)
+def _(data: bytes) -> None:
+    row = Row(1, "n/1/x", "", SnapshotKind.VIEW, 0, 0, {"a.b": "c" * 4000})
+    parse_filters(data.decode("utf-8", "replace").split("\0"))(row)
+
+
+@target(
+    "snapshot-labels",
+    seeds=lambda: [b"0:100000:65536,65536:5:1", b"sha256:" + b"a" * 64],
+    words=(b":", b",", b"0", b"4294967295", b"sha256:"),
+)
+def _(data: bytes) -> None:
+    text = data.decode("utf-8", "replace")
+    labels = check_labels({UID_MAPPING: text, GID_MAPPING: "0:0:1", TARGET: text})
+    with contextlib.suppress(InvalidArgument):
+        digest_label(labels, TARGET)
+    mapped_root(labels)
+
+
+@target(
+    "snapshot-row",
+    seeds=lambda: [
+        b'{"kind":"committed","created":1,"updated":2,"labels":{"a":"b"},"usage":{"size":1,'
+        b'"inodes":2},"claim":{"repository":"r","layer":{"diff_id":"d","digest":"d","size":1,'
+        b'"media_type":"m","chain_id":"c"},"device":null,"materialised":false}}'
+    ],
+    words=JSON_WORDS,
+)
+def _(data: bytes) -> None:
+    encode(decode(1, "name", "", data.decode("utf-8", "replace")))

@@ -161,7 +161,8 @@ def test_an_ordinary_image_with_a_snapshot_and_another_on_its_layers(
         # The middle layer has no entry for tmp: it is the base's.
         seen = it.shell(
             other,
-            "cat /other /tmp/middle; stat -c %a /tmp; test -e /etc/group || echo gone; ls /bin/sleep",
+            "cat /other /tmp/middle; stat -c %a /tmp; test -e /etc/group || echo gone;"
+            "ls /bin/sleep",
         )
         assert seen == "the other\nmiddle\n1777\ngone\n/bin/sleep\n"
         assert it.shell(app, "cat /app; test -e /bin/sleep || echo gone") == "the app\ngone\n"

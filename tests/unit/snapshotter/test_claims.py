@@ -155,6 +155,18 @@ def test_a_device_that_cannot_be_had_means_an_ordinary_pull(core: Core):
     core.devices.missing = {APP.digest}
     assert states(pull(core, APP)) == ["layer"] * 3
     assert list(core.devices.shown()) == []
+    assert core.images.lost == [], "a registry that does not answer says nothing"
+
+
+def test_a_snapshot_that_is_gone_is_not_to_be_given_again(core: Core):
+    core.devices.deleted = {APP.digest}
+    assert states(pull(core, APP)) == ["layer"] * 3
+    assert core.images.lost[0] == APP.layers[0].chain_id and core.images.seen == []
+
+
+def test_where_a_snapshot_was_opened_is_told(core: Core):
+    pull(core, APP)
+    assert core.images.seen == [APP.digest] * 3 and core.images.lost == []
 
 
 def test_a_device_that_goes_away_halfway_still_gives_the_right_bytes(core: Core):

@@ -11,7 +11,9 @@ from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, InvalidArgument
 from imgsnap.snapshotter import serve
 from imgsnap.snapshotter.labels import GID_MAPPING, UID_MAPPING
 from imgsnap.snapshotter.report import check_root, usage_by_state
-from tests.unit.snapshotter.conftest import Core
+from tests.support.remote_parts import labels_of
+from tests.support.snapshots_client import SnapshotsClient, code
+from tests.unit.snapshotter.conftest import APP, Core
 
 
 def test_the_root_of_a_user_namespace_owns_its_tree(core: Core):
@@ -143,3 +145,37 @@ def test_the_socket_is_for_root_only(root: Path):
 def test_a_socket_that_cannot_be(root: Path):
     with serve.opened(root / "state") as snapshots, pytest.raises(InvalidArgument):
         serve.start_server(snapshots, root / ("x" * 120))
+
+
+def test_calls_that_wait_for_a_registry_stop_no_others(core: Core, root: Path):
+    """More of them than threads, and a device that nobody can show."""
+    go_on = threading.Event()
+    show = core.devices.show
+
+    def waits(repository: str, snapshot):
+        assert go_on.wait(60)
+        return show(repository, snapshot)
+
+    server = serve.start_server(core.snapshots, root / "s.sock")
+    client = SnapshotsClient(root / "s.sock")
+    try:
+        client.prepare("extract")
+        core.devices.show = waits  # type: ignore[method-assign]
+        count = serve.WAITING_THREADS + serve.THREADS + 8
+        with ThreadPoolExecutor(count) as threads:
+            pulls = [
+                threads.submit(client.prepare, f"x{n}", "", labels_of(APP, 0)) for n in range(count)
+            ]
+            try:
+                client.commit("layer", "extract")
+                assert client.stat("layer").name == "layer"
+                client.remove("layer")
+                assert not any(pull.done() for pull in pulls)
+            finally:
+                go_on.set()
+            for pull in pulls:
+                with code("ALREADY_EXISTS"):
+                    pull.result(60)
+    finally:
+        client.close()
+        server.stop(0).wait()
