@@ -118,11 +118,11 @@ class Claims:
         """
         found: list[Path] = []
         for row in self._ledger.chain(parent):
+            if row.is_placeholder:
+                row = self._materialised(row)
             if row.device is not None:
                 found.append(self._show(row, row.device))
                 break  # it is the content of all beneath as well
-            if row.is_placeholder:
-                self._materialise(row)
             found.append(self._directories.fs(row.id))
         return tuple(found)
 
@@ -133,12 +133,13 @@ class Claims:
             )
         return self._devices.show(row.claim.repository, device)
 
-    def _materialise(self, row: Row) -> None:
-        """Fetches the layer of a placeholder; who comes second waits for the first."""
+    def _materialised(self, row: Row) -> Row:
+        """A placeholder after its layer was fetched; who comes second waits for the first."""
         with self._locks.hold(row.id):
             now = self._ledger.get(row.name)
             if now.is_placeholder and now.claim is not None:
                 self._unpack(now, now.claim)
+        return self._ledger.get(row.name)
 
     def _unpack(self, row: Row, claim: Claim) -> None:
         if self._unpacker is None:
@@ -150,13 +151,14 @@ class Claims:
             self._directories.sync(place)  # nobody would look at these bytes again
             with self._ledger.change() as changes:
                 now = self._ledger.get(row.name)
-                if now.claim != claim:
-                    raise Busy(f"snapshot {row.name!r} changed meanwhile; try again")
-                place = self._directories.settle(place, row.id)
-                changes.update(replace(now, claim=replace(claim, materialised=True)))
+                if now.claim == claim:  # or it has become a device, and these bytes are in vain
+                    place = self._directories.settle(place, row.id)
+                    changes.update(replace(now, claim=replace(claim, materialised=True)))
+                    return
         except BaseException:
             self._directories.discard(place)
             raise
+        self._directories.discard(place)
 
     # Releasing -------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import pytest
 from imgsnap.digest import Digest
 from imgsnap.errors import AlreadyExists, Unavailable, Unsupported
 from imgsnap.snapshotter.labels import TARGET
+from imgsnap.snapshotter.report import check_root
 from imgsnap.snapshotter.rows import Row
 from imgsnap.snapshotter.seams import ImageSnapshot
 from tests.support.remote_parts import image_of, labels_of, layer_file
@@ -206,6 +207,23 @@ def test_materialising_happens_once(core: Core):
         list(threads.map(prepare, range(8)))
     assert core.layers.unpacked == [APP.layers[0].digest]
     assert {tuple(lowers(core, f"n/2/{n}")) for n in range(8)} == {(layer_file(APP.layers[0]),)}
+
+
+def test_a_placeholder_that_becomes_a_device_while_it_is_unpacked(core: Core):
+    base = image_of("base")
+    core.images.images = [APP, base]
+    row = pull(core, APP)[0]
+    unpack = core.layers.unpack
+
+    def slow(*arguments) -> None:
+        unpack(*arguments)
+        assert pull(core, base, "m/1")[0].device == base.digest
+
+    core.layers.unpack = slow  # type: ignore[method-assign]
+    core.snapshots.prepare("n/2/x", row.name, {})
+    assert lowers(core, "n/2/x") == ["device"]
+    core.snapshots.cleanup()
+    assert check_root(core.root).problems == ()
 
 
 def test_a_layer_that_cannot_be_unpacked_leaves_nothing(core: Core):
