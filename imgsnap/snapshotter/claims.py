@@ -167,8 +167,8 @@ class Claims:
         if self._devices is None:
             return
         for snapshot in list(self._devices.shown()):
-            with self._locks.hold(snapshot):
-                if self._ledger.uses_device(snapshot):
+            with self._locks.attempt(snapshot) as mine:  # or it is being claimed, and needed
+                if not mine or self._ledger.uses_device(snapshot):
                     continue
                 try:
                     self._devices.release(snapshot)

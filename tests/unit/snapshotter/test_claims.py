@@ -278,6 +278,20 @@ def test_a_device_is_not_released_while_it_is_being_claimed(core: Core):
             core.snapshots.remove(row.name)
 
 
+def test_cleanup_does_not_wait_for_a_claim(core: Core):
+    show = core.devices.show
+
+    def cleans_up(*arguments) -> Path:
+        path = show(*arguments)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(core.snapshots.cleanup).result(60)
+        return path
+
+    core.devices.show = cleans_up  # type: ignore[method-assign]
+    pull(core, APP)
+    assert list(core.devices.shown()) == [APP.digest]
+
+
 def test_without_devices_a_claimed_row_is_an_error(core: Core, root: Path):
     from imgsnap.snapshotter.claims import Claims
 
