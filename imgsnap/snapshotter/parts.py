@@ -1,4 +1,4 @@
-"""The snapshotter's real parts: images are found in registries, snapshots shown by the node daemon."""
+"""The snapshotter's real parts: registries, and the node daemon that shows snapshots."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,5 +77,5 @@ def unpacker(settings: NodeSettings) -> Unpacker:
 
 
 def trusted(patterns: Sequence[str], location: RegistryLocation) -> bool:
-    """Whether a pattern as the shell's (``*`` takes slashes too) matches ``registry/repository``."""
+    """Whether a pattern as the shell's matches ``registry/repository``; ``*`` takes slashes too."""
     return any(fnmatchcase(repository_name(location), pattern) for pattern in patterns)

@@ -181,6 +181,12 @@ class Converted:
     def find(self, labels) -> ImageSnapshot | None:
         return self.images.get(labels.get(MANIFEST_DIGEST, ""))
 
+    def opened(self, image: ImageSnapshot) -> None:
+        pass
+
+    def gone(self, labels) -> None:
+        raise AssertionError("nothing is lost here")
+
     def show(self, repository: str, snapshot: Digest) -> Path:
         path = self.root / snapshot[7:]
         if not path.exists():

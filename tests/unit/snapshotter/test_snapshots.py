@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, InvalidArgument
+from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, InvalidArgument, NotFound
 from imgsnap.snapshotter import serve
 from imgsnap.snapshotter.labels import GID_MAPPING, UID_MAPPING
 from imgsnap.snapshotter.report import check_root, usage_by_state
+from imgsnap.snapshotter.rows import WrongState
 from tests.support.remote_parts import labels_of
 from tests.support.snapshots_client import SnapshotsClient, code
 from tests.unit.snapshotter.conftest import APP, Core
@@ -34,6 +35,27 @@ def test_an_upper_has_the_mode_of_the_root_beneath(core: Core):
     core.snapshots.commit("c", "a", {})
     core.snapshots.prepare("b", "c", {})
     assert core.directories.fs(core.snapshots.stat("b").id).stat().st_mode & 0o7777 == 0o1711
+
+
+def test_what_the_state_forbids(core: Core):
+    core.snapshots.prepare("a", "", {})
+    core.snapshots.view("v", "", {})
+    core.snapshots.commit("c", "a", {})
+    core.snapshots.prepare("b", "c", {})
+    for call in (
+        lambda: core.snapshots.remove("c"),
+        lambda: core.snapshots.mounts("c"),
+        lambda: core.snapshots.commit("x", "v", {}),
+        lambda: core.snapshots.commit("x", "c", {}),
+    ):
+        with pytest.raises(WrongState):
+            call()
+    with pytest.raises(InvalidArgument):
+        core.snapshots.prepare("x", "b", {})
+    for call in (core.snapshots.remove, core.snapshots.stat, core.snapshots.usage):
+        with pytest.raises(NotFound):
+            call("missing")
+    assert len(core.snapshots.list([])) == 3
 
 
 def test_no_rebase(core: Core):
