@@ -3,6 +3,8 @@
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, InvalidArgument, NotFound
 from imgsnap.snapshotter import serve
 from imgsnap.snapshotter.labels import GID_MAPPING, UID_MAPPING
+from imgsnap.snapshotter.ledger import Ledger
 from imgsnap.snapshotter.report import check_root, usage_by_state
-from imgsnap.snapshotter.rows import WrongState
+from imgsnap.snapshotter.rows import Usage, WrongState
 from tests.support.remote_parts import labels_of
 from tests.support.snapshots_client import SnapshotsClient, code
 from tests.unit.snapshotter.conftest import APP, Core
@@ -105,6 +108,17 @@ def test_commit_does_not_walk(core: Core, monkeypatch: pytest.MonkeyPatch):
     assert core.snapshots.stat("c").usage is None
     assert core.snapshots.usage("c").inodes == 1
     go_on.set()
+
+
+def test_what_a_killed_process_did_not_measure_is_measured(root: Path):
+    with serve.opened(root) as snapshots:
+        snapshots.prepare("a", "", {})
+        snapshots.commit("c", "a", {})
+    with closing(Ledger.open(root)) as ledger, ledger.change() as changes:
+        changes.update(replace(ledger.get("c"), usage=None))
+    with serve.opened(root) as snapshots:
+        snapshots._background.submit(lambda: None).result(60)  # it comes after the measuring
+        assert snapshots.stat("c").usage == Usage(snapshots.usage("c").size, 1)
 
 
 def test_a_lost_directory_is_an_error_and_never_an_empty_layer(core: Core):
