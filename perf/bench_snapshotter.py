@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.client import Client
+from harness.daemon import node_daemon
 from harness.images import Image, corpus_image
 from harness.options import parser, skip, work_directory
 from harness.processes import (
@@ -138,6 +139,7 @@ def _node(work: Path, client: Client, registry: str, namespace: str = NAMESPACE)
     client.run_dir.mkdir(parents=True, exist_ok=True)
     where: tuple[str | Path, ...] = ("--root", root, "--address", socket, "--plain-http")
     with (
+        node_daemon(client),
         (work / "snapshotter.log").open("ab") as log,
         running(
             client.command("snapshotter", "run", *where),
@@ -161,11 +163,6 @@ def _node(work: Path, client: Client, registry: str, namespace: str = NAMESPACE)
             end(process)
             for target in (root / "devices").glob("*/fs"):
                 subprocess.run([*map(str, client.command("umount", "--lazy", target))], check=False)
-            subprocess.run(
-                [*map(str, client.command("daemon", "stop", "--force"))],
-                check=False,
-                capture_output=True,
-            )
             shutil.rmtree(root, ignore_errors=True)
 
 

@@ -91,13 +91,11 @@ def run(
     node = _node(settings, Path(root).absolute(), flags, read, trust)
     socket = Path(address) if address else settings.run / "snapshotter.sock"
     images = _image_service(settings, image_service, containerd) if image_service else None
-    devices = parts.devices(node)
-    devices.start()
     return serve(
         node.root,
         socket.absolute(),
         finder=parts.finder(node),
-        devices=devices,
+        devices=parts.devices(node),
         unpacker=parts.unpacker(node),
         image_service=images,
     )

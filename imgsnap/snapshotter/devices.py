@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from imgsnap.digest import Digest, digest_hex
-from imgsnap.errors import ImgsnapError, NotFound
+from imgsnap.errors import NotFound
 from imgsnap.mount.records import MountRecords
 from imgsnap.node import client
 from imgsnap.node.daemon import ensure_daemon
@@ -39,15 +39,6 @@ class NodeDevices:
         self._places = NodePlaces(Path(os.path.realpath(options.run_dir)))
         self._records = MountRecords(self._places.run_dir)
         self._locks = KeyedLocks()
-
-    def start(self) -> None:
-        """Starts the node daemon, so that the first container does not wait for it. One that cannot
-        be started is tried again by `show`; until then every image is an ordinary one."""
-        options = self._options
-        try:
-            ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota)
-        except (ImgsnapError, OSError) as error:
-            _log.warning("no node daemon, so no snapshots: %s", error)
 
     def show(self, repository: str, snapshot: Digest) -> Path:
         """Costs three system calls when it is shown already."""
