@@ -358,7 +358,7 @@ def test_kills_in_a_storm_below_containerd(ours: Snapshotter):
             assert check_root(ours.root).problems == ()
         assert sum(len(account.kinds) for account in accounts) > 20
         for _ in range(5):
-            # containerd forgets to collect when we were away in the middle of it: a removal reminds it
+            # containerd forgets to collect when we were away meanwhile: a removal reminds it
             _remove_everything(client, accounts)
             assert _reaches(client)
             with contextlib.suppress(AssertionError):
