@@ -186,6 +186,8 @@ def test_kills_disturb_no_container(cli: Cli, own_registry: DockerRegistry, refe
         assert digest(3) == expected[3]
         found = cli("explain", one, "--format", "json").json
         assert found["reads"] > 0 and Path(found["target"]).parents[1] == it.work / "state/devices"
+        asked = [*containerd.ctr_command("k8s.io"), "snapshots", "--snapshotter", NAME, "usage"]
+        wait_for(lambda: not subprocess.run(asked, capture_output=True).returncode, "containerd")
         second = run(containerd, fast, "cat /app")  # starts another control process
         assert second == "the app\n"
         containerd.ctr("tasks", "kill", "--signal", "9", one, namespace="k8s.io")
