@@ -1,11 +1,13 @@
 """A running guest: its process, its console, and the control line to its init.
 
-The control line is the guest's second serial port; init/init.sh has the protocol. Every run is named
-by a token that only the host and the guest's process 1 know, so a status cannot come from elsewhere.
+The control line is the guest's second serial port; init/init.sh has the protocol. Every run is
+named by a token that only the host and the guest's process 1 know, so a status cannot come from
+elsewhere.
 """
 
 import base64
 import contextlib
+import os
 import secrets
 import select
 import shutil
@@ -186,8 +188,6 @@ class Machine:
             raise GuestStopped("the guest's init does not keep to its protocol")
 
     def _type(self, keyboard: int) -> None:
-        import os
-
         data = os.read(keyboard, _READ)
         with contextlib.suppress(OSError):
             self._console.sendall(data)

@@ -134,7 +134,7 @@ def dependencies(module: bytes) -> list[str]:
 
 
 def _suffix(name: str) -> str:
-    stem, dot, rest = name.rpartition(".ko")
+    _, dot, rest = name.rpartition(".ko")
     return dot + rest
 
 

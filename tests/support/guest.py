@@ -6,9 +6,10 @@
         done = guest.run("cat /etc/os-release; ls /dev/ublk*")
         assert done.status == 0, done.output
 
-One boot serves many tests: use it with session or module scope. The first disk is the root, an EROFS
-(below a writable overlay); commands run in it, as root, by its own /bin/sh. Further disks are
-/dev/vdb and so on. A boot that the emulator fails by itself is tried again, twice at most, and said.
+One boot serves many tests: use it with session or module scope. The first disk is the root, an
+EROFS (below a writable overlay); commands run in it, as root, by its own /bin/sh. Further disks are
+/dev/vdb and so on. A boot that the emulator fails by itself is tried again, twice at most, and
+said.
 """
 
 import contextlib
