@@ -41,6 +41,8 @@ _ATTEMPTS = 3
 """At an attachment whose last user goes at the same time."""
 _ATTACHED = "attached"
 """The user that stands for `imgsnap attach`."""
+_PROCESS = "process-"
+"""Begins the user that stands for a process: for as long as that lives."""
 _log = logging.getLogger(__name__)
 
 
@@ -63,6 +65,7 @@ class Control:
             "umount": self.umount,
             "attach": self.attach,
             "detach": self.detach,
+            "release": self.release,
             "attachments": self.attachments,
         }
 
@@ -118,8 +121,20 @@ class Control:
     def attach(self, args: dict[str, Any]) -> dict[str, Any]:
         """Serves a snapshot's device as a file for VMMs, until `detach`; as `attachments` has it.
 
-        Once for all of them: who attaches it again gets the same file.
+        Once for all of them: who attaches it again gets the same file. With `process` (pid and
+        start time) for that process alone: until `release`, or the end of the process.
         """
+        user = _user(args)
+        self._forget_dead()
+        if user == _ATTACHED:
+            return self._attach_for(user, args)
+        with self._lock(user):  # a release waits for this
+            attached = self._attach_for(user, args)
+            if not _alive(user):  # it asks for no release any more
+                self._leave(attached["id"], user, lazy=True)
+            return attached
+
+    def _attach_for(self, user: str, args: dict[str, Any]) -> dict[str, Any]:
         source = Source.from_json(args["source"])
         options = replace(self._options({**args, "target": "/"}), run_dir=self._run_dir)
         options = replace(options, read=replace(options.read, disk=True))
@@ -128,7 +143,7 @@ class Control:
             with self._lock(attachment.id):
                 users = self.places.users(attachment.id)
                 users.mkdir(parents=True, exist_ok=True, mode=0o700)
-                (users / _ATTACHED).touch()
+                (users / user).touch()
                 if self.places.server.device(attachment.id).exists():
                     return self._described(attachment)
         raise Busy(f"{options.reference} is being detached by others")
@@ -147,6 +162,27 @@ class Control:
                 hint="end what uses it, or detach it with --lazy",
             )
         self._leave(attachment_id, _ATTACHED, lazy=True)
+
+    def release(self, args: dict[str, Any]) -> None:
+        """Takes away what was attached for a process alone, after an attach that is under way."""
+        user = _user(args)
+        with self._lock(user):
+            for attachment_id, name in self._users():
+                if name == user:
+                    self._leave(attachment_id, user, lazy=True)
+        with self._locks_lock:
+            self._locks.pop(user, None)
+
+    def _forget_dead(self) -> None:
+        for attachment_id, user in self._users():
+            if user.startswith(_PROCESS) and not _alive(user):
+                self._leave(attachment_id, user, lazy=True)
+
+    def _users(self) -> list[tuple[str, str]]:
+        """Attachments' ids and their users' names."""
+        users = self.places.users("")
+        attachments = list(users.iterdir()) if users.is_dir() else []
+        return [(found.name, user.name) for found in attachments for user in found.iterdir()]
 
     def _attached(self, options: MountOptions, source: Source) -> Attachment:
         return Attachment.from_json(
@@ -279,12 +315,10 @@ class Control:
                 with contextlib.suppress(ImgsnapError):
                     self._remove(record, lazy=True)
         known = {_ATTACHED, *(record.instance for record in self._records.all())}
-        users = self.places.users("")
-        for attachment in users.iterdir() if users.is_dir() else ():
-            for instance in [path.name for path in attachment.iterdir()]:
-                if instance not in known:
-                    with contextlib.suppress(ImgsnapError, OSError):
-                        self._leave(attachment.name, instance, lazy=True)
+        for attachment_id, user in self._users():
+            if user not in known and not _alive(user):
+                with contextlib.suppress(ImgsnapError, OSError):
+                    self._leave(attachment_id, user, lazy=True)
 
     def _remove(self, record: MountRecord, *, lazy: bool) -> None:
         in_use = not teardown.unmount_gently(record, lazy=lazy)
@@ -331,3 +365,22 @@ class Control:
             lock = self._locks.setdefault(attachment_id, threading.Lock())
         with lock:
             yield
+
+
+def _user(args: dict[str, Any]) -> str:
+    """The name of who attaches. Raises InvalidArgument."""
+    process = args.get("process")
+    if process is None:
+        return _ATTACHED
+    try:
+        pid, start_time = map(int, process)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("a process is its pid and its start time") from error
+    return f"{_PROCESS}{pid}-{start_time}"
+
+
+def _alive(user: str) -> bool:
+    """Whether a user is a process that lives."""
+    pid, _, start_time = user.removeprefix(_PROCESS).partition("-")
+    known = user.startswith(_PROCESS) and pid.isdigit() and start_time.isdigit()
+    return known and ProcessId(int(pid), int(start_time)).alive

@@ -1,0 +1,1 @@
+"""MicroVMs whose root disk is an attached snapshot."""

@@ -1,0 +1,104 @@
+#!/bin/sh
+# Process 1 of a guest. Mounts the snapshot (/dev/vda, EROFS) below a writable overlay and then does
+# what the host asks for over the control line, the second serial port, one line each way:
+#
+#   guest: started                    the kernel is up
+#   guest: ready                      the root is mounted; it is at "." and at /
+#   host:  run TOKEN BASE64           a shell script, run with the console as its terminal
+#   guest: exit TOKEN STATUS          how it ended
+#   guest: failed REASON              instead of any of these; the guest then stops
+#
+# Only this process has the control line open: what a command prints is on the console and cannot be
+# taken for a status.
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+
+console=/dev/ttyS0
+control=/dev/ttyS1
+stty -F "$control" raw -echo
+exec 3<>"$control"
+echo started >&3
+
+failed() {
+    echo "failed $1" >&3
+    stty -F "$control" raw -echo # returns when all has been sent
+    reboot -f
+}
+
+# Words of the kernel's command line that begin with imgsnap. are for us.
+scratch= address= gateway=
+for word in $(cat /proc/cmdline); do
+    case $word in
+        imgsnap.scratch=*) scratch=${word#*=} ;;
+        imgsnap.address=*) address=${word#*=} ;;
+        imgsnap.gateway=*) gateway=${word#*=} ;;
+    esac
+done
+
+for module in /modules/*.ko; do
+    [ -e "$module" ] || continue
+    said=$(insmod "$module" 2>&1) || failed "the kernel does not load ${module#/modules/}: $said"
+done
+rm -rf /modules
+
+wait_for() { # DEVICE: discovery goes on after the module is loaded
+    n=0
+    while [ ! -e "$1" ]; do
+        [ $n -lt 200 ] || failed "there is no $1"
+        n=$((n + 1))
+        sleep 0.05
+    done
+}
+
+ip link set lo up
+if [ -n "$address" ]; then
+    said=$(ip addr add "$address" dev eth0 2>&1 && ip link set eth0 up 2>&1 &&
+        ip route add default via "$gateway" 2>&1) || failed "the network: $said"
+fi
+
+wait_for /dev/vda
+mkdir -p /mnt/image /mnt/upper
+said=$(mount -t erofs -o ro /dev/vda /mnt/image 2>&1) || failed "mounting the snapshot: $said"
+if [ -n "$scratch" ]; then
+    wait_for "$scratch"
+    said=$(mount -t ext4 "$scratch" /mnt/upper 2>&1) || failed "mounting the scratch disk: $said"
+else
+    mount -t tmpfs -o mode=755 tmpfs /mnt/upper
+fi
+mkdir -p /mnt/upper/upper /mnt/upper/work
+# The overlay's root directory is as its upper one: give that the image's owner and mode.
+chown "$(stat -c %u:%g /mnt/image)" /mnt/upper/upper
+chmod "$(stat -c %a /mnt/image)" /mnt/upper/upper
+said=$(mount -t overlay \
+    -o lowerdir=/mnt/image,upperdir=/mnt/upper/upper,workdir=/mnt/upper/work root /new 2>&1) ||
+    failed "mounting the overlay: $said"
+
+cd /new || failed "there is no root"
+mkdir -p dev proc sys
+mount -t proc proc proc
+mount -t sysfs sysfs sys
+mount -t devtmpfs devtmpfs dev
+mkdir -p dev/pts dev/shm
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts dev/pts
+mount -t tmpfs -o mode=1777,nosuid,nodev shm dev/shm
+for pair in fd=/proc/self/fd stdin=/proc/self/fd/0 stdout=/proc/self/fd/1 stderr=/proc/self/fd/2; do
+    [ -e "dev/${pair%%=*}" ] || ln -s "${pair#*=}" "dev/${pair%%=*}"
+done
+# The image's root on top of ours: commands see it as / in their mount table. This process still has
+# its own files below the first root.
+mount -o move . /
+echo imgsnap >/proc/sys/kernel/hostname
+stty -F "$console" raw -echo
+
+echo ready >&3
+while read -r word token script <&3; do
+    [ "$word" = run ] || failed "the host asked for $word"
+    script=$(echo "$script" | base64 -d)
+    setsid -c sh -c "$script" <"$console" >"$console" 2>&1 3>&-
+    status=$?
+    stty -F "$console" raw -echo # returns when all output has been sent
+    echo "exit $token $status" >&3
+done
+failed "the host closed the control line"

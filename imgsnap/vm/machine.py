@@ -1,0 +1,235 @@
+"""A running guest: its process, its console, and the control line to its init.
+
+The control line is the guest's second serial port; init/init.sh has the protocol. Every run is
+named by a token that only the host and the guest's process 1 know, so a status cannot come from
+elsewhere.
+"""
+
+import base64
+import contextlib
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from imgsnap.errors import InvalidArgument, OutOfTime, Unavailable
+from imgsnap.vm.qemu import Boot, Hardware, command_line
+
+BOOT_LIMIT_S = 180.0
+"""From the start of QEMU to the mounted root; under emulation on a busy host it takes 10 s."""
+SCRIPT_MAX = 2048
+"""Bytes of one script: the guest's side of the line has a buffer of 4096."""
+_LOG_MAX = 64 << 10
+_LINE_MAX = 4096
+_READ = 64 << 10
+_END_GRACE_S = 5.0
+_DIED_WITH_US = "KILL"
+
+Output = Callable[[bytes], None]
+
+
+class GuestStopped(Unavailable):
+    """The guest or its QEMU ended, or never came up."""
+
+
+class Machine:
+    """One QEMU. Use it as a context manager: leaving ends the process."""
+
+    def __init__(
+        self, qemu: str, hardware: Hardware, boot: Boot, *, prefix: Sequence[str] = ()
+    ) -> None:
+        """Starts it; `prefix` goes before QEMU's command. Raises OSError."""
+        self._console, console = socket.socketpair()
+        self._control, control = socket.socketpair()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = bytearray()  # the console until somebody wants it
+        self._lines = bytearray()
+        fds = (console.fileno(), control.fileno())
+        arguments = [*prefix, *command_line(qemu, hardware, boot, *fds)]
+        try:
+            self.process = subprocess.Popen(
+                [*_bound_to_us(), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=self._errors,
+                stderr=self._errors,
+                pass_fds=fds,
+                start_new_session=True,  # a terminal's Ctrl-C is for us, or for the guest
+            )
+        except BaseException:
+            self._release()
+            raise
+        finally:
+            console.close()
+            control.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the guest, at once: nothing of it is to be kept."""
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+                try:
+                    self.process.wait(_END_GRACE_S)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+            self.process.wait()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._console.close()
+        self._control.close()
+        self._errors.close()
+
+    def wait_started(self, limit_s: float = BOOT_LIMIT_S) -> None:
+        """Returns when the guest's kernel is up. Raises GuestStopped, also for the time."""
+        self._expect("started", limit_s)
+
+    def wait_ready(self, limit_s: float = BOOT_LIMIT_S) -> None:
+        """Returns when the guest's root is mounted, after `wait_started`. Raises GuestStopped, also
+        for the time."""
+        self._expect("ready", limit_s)
+
+    def _expect(self, wanted: str, limit_s: float) -> None:
+        try:
+            word, _ = self._answer(time.monotonic() + limit_s, self._keep, None)
+        except OutOfTime as error:
+            raise GuestStopped(
+                f"the guest did not say {wanted!r} within {limit_s:g} s", hint=error.hint
+            ) from error
+        if word != wanted:
+            raise GuestStopped(f"the guest said {word!r} before it was {wanted}")
+
+    def run(
+        self,
+        script: str,
+        output: Output,
+        *,
+        keyboard: int | None = None,
+        limit_s: float | None = None,
+    ) -> int:
+        """Runs a shell script in the guest with its console as terminal; its exit status.
+
+        The console's bytes go to `output`; what can be read from the descriptor `keyboard` goes to
+        the console. Raises InvalidArgument for a script over SCRIPT_MAX bytes, GuestStopped,
+        OutOfTime.
+        """
+        encoded = base64.b64encode(script.encode())
+        if len(script.encode()) > SCRIPT_MAX:
+            raise InvalidArgument(f"a guest's script has at most {SCRIPT_MAX} bytes")
+        token = secrets.token_hex(16)
+        self._drain(self._keep)
+        self._control.sendall(b"run %s %s\n" % (token.encode(), encoded))
+        deadline = None if limit_s is None else time.monotonic() + limit_s
+        while True:
+            word, rest = self._answer(deadline, output, keyboard)
+            said, _, status = rest.partition(" ")
+            if word == "exit" and secrets.compare_digest(said, token) and status.isdigit():
+                self._drain(output)
+                return int(status)
+
+    def boot_log(self) -> str:
+        """The end of what the console had before the first command."""
+        return self._log.decode(errors="replace")
+
+    def _answer(
+        self, deadline: float | None, output: Output, keyboard: int | None
+    ) -> tuple[str, str]:
+        """The next line of the guest: its first word, and the rest."""
+        while b"\n" not in self._lines:
+            self._pump(deadline, output, keyboard)
+        line, _, rest = bytes(self._lines).partition(b"\n")
+        self._lines[:] = rest
+        word, _, more = line.decode(errors="replace").strip().partition(" ")
+        if word == "failed":
+            raise GuestStopped(f"the guest did not come up: {more}")
+        return word, more
+
+    def _pump(self, deadline: float | None, output: Output, keyboard: int | None) -> None:
+        """Waits for one thing to happen on any side, and passes it on."""
+        left = None if deadline is None else deadline - time.monotonic()
+        if left is not None and left <= 0:
+            raise OutOfTime("the guest's time is over", hint=self._hint())
+        sides: list[socket.socket | int] = [self._control, self._console]
+        sides += [] if keyboard is None else [keyboard]
+        ready, _, _ = select.select(sides, [], [], left)
+        if self._console in ready:
+            self._pass_on(output)
+        if keyboard in ready and keyboard is not None:
+            self._type(keyboard)
+        if self._control in ready:
+            self._hear()
+
+    def _pass_on(self, output: Output) -> bool:
+        data = self._receive(self._console)
+        if data:
+            output(data)
+        return bool(data)
+
+    def _hear(self) -> None:
+        data = self._receive(self._control)
+        if not data:
+            self._drain(self._keep)
+            raise GuestStopped("the guest stopped", hint=self._hint())
+        self._lines += data
+        if len(self._lines) > _LINE_MAX:
+            raise GuestStopped("the guest's init does not keep to its protocol")
+
+    def _type(self, keyboard: int) -> None:
+        data = os.read(keyboard, _READ)
+        with contextlib.suppress(OSError):
+            self._console.sendall(data)
+
+    def _drain(self, output: Output) -> None:
+        while select.select([self._console], [], [], 0)[0] and self._pass_on(output):
+            pass
+
+    @staticmethod
+    def _receive(side: socket.socket) -> bytes:
+        try:
+            return side.recv(_READ)
+        except ConnectionError:
+            return b""
+
+    def _keep(self, data: bytes) -> None:
+        self._log += data
+        del self._log[:-_LOG_MAX]
+
+    def _hint(self) -> str | None:
+        """The last thing that QEMU or the console said."""
+        self._errors.seek(0)
+        said = self._errors.read(_LOG_MAX).decode(errors="replace").strip()
+        lines = [line.strip() for line in (said or self.boot_log()).splitlines() if line.strip()]
+        return f"it said: {lines[-1][:300]}" if lines else None
+
+
+def _bound_to_us() -> list[str]:
+    """Words before a command that make the kernel kill it when this process dies."""
+    program = shutil.which("setpriv")
+    return [program, "--pdeathsig", _DIED_WITH_US] if program else []
+
+
+def write_initramfs(directory: Path, data: bytes) -> Path:
+    """The initramfs as a file that QEMU reads. Raises OSError."""
+    path = directory / "initramfs.cpio"
+    path.write_bytes(data)
+    return path
