@@ -37,6 +37,7 @@ from harness.options import parser, skip, work_directory
 from harness.processes import (
     child_environment,
     compile_bytecode,
+    cpu_seconds,
     drop_page_caches,
     end,
     measured,
@@ -120,17 +121,29 @@ class _Node:
         options = ("run", "--rm", "--net-host", "--snapshotter", snapshotter)
         return self.ctr(*options, reference, fresh_id("b"), *command)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes that our processes have for themselves, by name."""
+    def processes(self) -> dict[str, int]:
+        """Ours, by name."""
         status = daemon_call(self.client.run_dir, "status")
         supervisor = status["supervisor"]
-        pids = {
+        return {
             "snapshotter": self.pid,
             "control": status["pid"],
             "supervisor": supervisor["pid"],
             "block server": supervisor["server"],
         }
-        return {name: proportional_memory(pid) for name, pid in pids.items()}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that our processes have for themselves."""
+        return {name: proportional_memory(pid) for name, pid in self.processes().items()}
+
+    def cpu_seconds(self) -> dict[str, float]:
+        """Of our processes, of containerd, and of the whole machine."""
+        found = {"ours": sum(map(cpu_seconds, self.processes().values()))}
+        assert self.containerd.process is not None
+        found["containerd"] = cpu_seconds(self.containerd.process.pid)
+        times = [int(word) for word in Path("/proc/stat").read_text().split()[1:9]]
+        busy = sum(times) - times[3] - times[4]  # all but idle and iowait
+        return found | {"machine": busy / os.sysconf("SC_CLK_TCK")}
 
 
 @contextlib.contextmanager
@@ -294,18 +307,25 @@ def _containers_part(
 ) -> None:
     count = arguments.containers
     before = node.memory()
-    for kind, snapshotter, reference in (
-        ("overlayfs", OVERLAYFS, source),
-        ("ours", NAME, fast),
-    ):
-        tell(f"snapshotter: {count} containers, {kind}")
-        report.samples[f"{count} containers, {kind}"] = [
-            _containers(node, snapshotter, reference, count, work / "out", before)
-        ]
+    kinds = {"ours": (NAME, fast), "overlayfs": (OVERLAYFS, source)}
+    report.interleave(
+        max(1, arguments.runs // 9),
+        {
+            f"{count} containers, {kind}": partial(
+                _containers, node, snapshotter, reference, count, work / "out", before
+            )
+            for kind, (snapshotter, reference) in kinds.items()
+        },
+    )
     ours = report.median(f"{count} containers, ours", "ready_s")
     other = report.median(f"{count} containers, overlayfs", "ready_s")
     report.figure(f"{count} containers answer", ours, "s", "overlayfs", other, AIM_RUN)
     report.figure(f"{count} containers answer", ours, "s", "ECI's 500 in", AIM_CONTAINERS_S)
+    for name in ("ours", "containerd", "machine"):
+        cpu, theirs = (
+            report.median(f"{count} containers, {kind}", f"{name}_cpu_s") for kind in kinds
+        )
+        report.figure(f"  CPU of {name}", cpu, "s", "with overlayfs", theirs)
     each = report.median(f"{count} containers, ours", "ours_bytes_each")
     report.figure("our memory for each container", each, "B", "", None)
     for name, size in node.memory().items():
@@ -325,17 +345,19 @@ def _containers(
         options = ("run", "--detach", "--net-host", "--snapshotter", snapshotter)
         output_of(node.ctr(*options, "--mount", mount, reference, name, *command))
 
+    cpu = node.cpu_seconds()
     started = time.perf_counter()
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(start, names))
     while len(os.listdir(out)) < count:  # noqa: PTH208
         time.sleep(0.01)
     ready_s = time.perf_counter() - started
+    used = {f"{name}_cpu_s": now - cpu[name] for name, now in node.cpu_seconds().items()}
     after = node.memory()
     _end_containers(node, names)
     shutil.rmtree(out)
     grown = sum(after.values()) - sum(before.values())
-    return {"ready_s": ready_s, "ours_bytes_each": grown / count, "memory": after}
+    return {"ready_s": ready_s, "ours_bytes_each": grown / count, "memory": after, **used}
 
 
 def _end_containers(node: _Node, names: list[str]) -> None:

@@ -25,16 +25,16 @@ CONNECT_TIMEOUT_S = 5.0
 RELEASE_TIMEOUT_S = 20.0
 
 
-def find_daemon(run_dir: Path) -> dict[str, Any] | None:
-    """The daemon's status, or None when none answers."""
+def find_daemon(run_dir: Path, operation: str = "status") -> dict[str, Any] | None:
+    """The daemon's status, or what else it is asked; None when none answers."""
     socket = NodePlaces(Path(os.path.realpath(run_dir))).control_socket
     if not socket.exists():
         return None  # the common case costs no import and no system call more
     try:
-        status: dict[str, Any] = rpc.call(socket, "status", timeout_s=CONNECT_TIMEOUT_S)
+        found: dict[str, Any] = rpc.call(socket, operation, timeout_s=CONNECT_TIMEOUT_S)
     except Unavailable:
         return None
-    return status
+    return found
 
 
 def mount(
@@ -45,8 +45,8 @@ def mount(
     The daemon is asked when it has the same cache and sees the same mounts as this process. Who
     mounts, takes a snapshot that is complete in the cache from its files: nobody serves it.
     """
-    status = find_daemon(options.run_dir)
-    if status is not None and _same_place(status, options):
+    place = find_daemon(options.run_dir, "place")
+    if place is not None and _same_place(place, options):
         return mount_by_daemon(options, source)
     from imgsnap.node.direct_mount import mount_direct
     from imgsnap.node.session import mount_snapshot
@@ -110,9 +110,9 @@ def release(run_dir: Path, process: "ProcessId") -> None:
         )
 
 
-def _same_place(status: dict[str, Any], options: "MountOptions") -> bool:
+def _same_place(place: dict[str, Any], options: "MountOptions") -> bool:
     cache = os.path.realpath(options.cache_dir)
-    return bool(status["cache"] == cache and status["namespace"] == linux.mount_namespace())
+    return bool(place["cache"] == cache and place["namespace"] == linux.mount_namespace())
 
 
 def unmount(target: Path, run_dir: Path, cache_dir: Path, *, lazy: bool = False) -> None:

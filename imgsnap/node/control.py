@@ -55,12 +55,14 @@ class Control:
         self._cache_dir = cache_dir
         self._records = MountRecords(run_dir)
         self._started = time.time()
+        self._known_supervisor: ProcessId | None = None
         self._locks_lock = threading.Lock()
         self._locks: dict[str, threading.Lock] = {}
 
     def handlers(self) -> dict[str, rpc.Handler]:
         return {
             "status": self.status,
+            "place": self.place,
             "mount": self.mount,
             "umount": self.umount,
             "attach": self.attach,
@@ -75,10 +77,13 @@ class Control:
             "pid": os.getpid(),
             "version": __version__,
             "started": self._started,
-            "cache": str(self._cache_dir),
-            "namespace": linux.mount_namespace(),
             "supervisor": self._supervisor(),
+            **self.place({}),
         }
+
+    def place(self, args: dict[str, Any]) -> dict[str, Any]:
+        """What a command must know before it asks for a mount; asks nobody."""
+        return {"cache": str(self._cache_dir), "namespace": linux.mount_namespace()}
 
     def _supervisor(self) -> dict[str, Any] | None:
         try:
@@ -88,6 +93,15 @@ class Control:
         except Unavailable:
             return None
         return found
+
+    def _supervisor_process(self) -> ProcessId | None:
+        """It is asked once in its life: a mount need not wait for it."""
+        known = self._known_supervisor
+        if known is None or not known.alive:
+            status = self._supervisor()
+            known = ProcessId.of(int(status["pid"])) if status is not None else None
+            self._known_supervisor = known
+        return known
 
     def attachments(self, args: dict[str, Any]) -> list[dict[str, Any]]:
         """Every attachment with the number of its users."""
@@ -221,9 +235,9 @@ class Control:
         try:
             record, attachment = self._attach(options, source, record)
             self._show(record, attachment)
-            server = self._supervisor()
+            server = self._supervisor_process()
             if server is not None:
-                record = record.with_server(ProcessId.of(int(server["pid"])))
+                record = record.with_server(server)
             record = replace(record, state=MOUNTED)
             self._records.update(record)
         except BaseException:

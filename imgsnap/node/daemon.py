@@ -162,7 +162,7 @@ def ensure_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> No
     run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
     socket = NodePlaces(run_dir).control_socket
     try:
-        running = rpc.call(socket, "status", timeout_s=CONNECT_TIMEOUT_S)
+        running = rpc.call(socket, "place", timeout_s=CONNECT_TIMEOUT_S)
     except (rpc.NobodyListens, rpc.Interrupted):
         _start(_program(run_dir, cache_dir, cache_quota), socket)
         return

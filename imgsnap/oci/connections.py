@@ -139,10 +139,9 @@ class Connections:
         if isinstance(manager, urllib3.ProxyManager):
             return
         pool = manager.connection_from_url(url)
-        # Idle ones come out first: nothing is opened for what is there.
-        for connection in [pool._get_conn() for _ in range(count)]:
-            run = partial(_connect, pool, connection)
-            threading.Thread(target=run, name="connect", daemon=True).start()
+        # Starting a thread takes a millisecond: the caller pays for one.
+        run = partial(_connect_all, pool, count)
+        threading.Thread(target=run, name="connect", daemon=True).start()
 
     def timeout(self, read_s: float) -> "urllib3.Timeout":
         """A request's own limit of silence, where it is shorter than the connection's."""
@@ -193,6 +192,15 @@ class Connections:
         if self._tls is None:
             self._tls = _tls_context(self._options, self._ca_file)
         return self._tls
+
+
+def _connect_all(pool: "urllib3.HTTPConnectionPool", count: int) -> None:
+    # Idle ones come out first: nothing is opened for what is there.
+    first, *others = [pool._get_conn() for _ in range(count)]
+    for connection in others:
+        run = partial(_connect, pool, connection)
+        threading.Thread(target=run, name="connect", daemon=True).start()
+    _connect(pool, first)
 
 
 def _connect(pool: "urllib3.HTTPConnectionPool", connection: Any) -> None:
