@@ -55,6 +55,14 @@ def command() -> None:
     multiple=True,
     help="Repositories whose snapshots of ordinary images are used [IMGSNAP_TRUST]",
 )
+@click.option(
+    "--mount-form",
+    type=click.Choice(["overlay", "erofs", "manager"]),
+    default="overlay",
+    show_default=True,
+    help="What containerd mounts of a snapshot: our mount, or its file",
+)
+@click.option("--one-file", is_flag=True, help="Mount every snapshot from one file, for Kata")
 @reading_flags
 @registry_flags
 @click.pass_obj
@@ -66,6 +74,8 @@ def run(
     image_service: str | None,
     containerd: str | None,
     trust: tuple[str, ...],
+    mount_form: str,
+    one_file: bool,
     prefetch: str,
     prefetch_rate: str | None,
     **flags: Any,
@@ -79,16 +89,26 @@ def run(
 
     Snapshots are shown by the node daemon, which is started if none runs, and stays.
 
+    --mount-form erofs makes views of a snapshot its file itself, which needs a kernel with
+    file-backed EROFS; manager containers, too, which needs containerd 2.2. Both imply --one-file.
+
     With --image-service the credentials of pulls are kept for later reads, if the kubelet's
     --image-service-endpoint is that socket.
 
     Says when it is ready where systemd asks for it (Type=notify).
     """
     from imgsnap.snapshotter import parts
+    from imgsnap.snapshotter.mount_forms import MountForm
     from imgsnap.snapshotter.serve import serve
 
     read = reading(boot_pack_names(None), prefetch, prefetch_rate)
-    node = _node(settings, Path(root).absolute(), flags, read, trust)
+    form = MountForm(mount_form)
+    node = _node(settings, Path(root).absolute(), flags, read)
+    node = replace(
+        node,
+        trust=trust or tuple(settings.environ.get("IMGSNAP_TRUST", "").split()),
+        one_file=one_file or form is not MountForm.OVERLAY,
+    )
     socket = Path(address) if address else settings.run / "snapshotter.sock"
     images = _image_service(settings, image_service, containerd) if image_service else None
     return serve(
@@ -98,6 +118,7 @@ def run(
         devices=parts.devices(node),
         unpacker=parts.unpacker(node),
         image_service=images,
+        form=form,
     )
 
 
@@ -106,7 +127,6 @@ def _node(
     root: Path,
     flags: dict[str, Any],
     read: "ReadOptions",
-    trust: tuple[str, ...],
 ) -> "NodeSettings":
     from imgsnap.snapshotter import credentials
     from imgsnap.snapshotter.parts import NodeSettings
@@ -121,7 +141,6 @@ def _node(
         environ=settings.environ,
         cache_quota=quota(settings),
         read=read,
-        trust=trust or tuple(settings.environ.get("IMGSNAP_TRUST", "").split()),
     )
 
 

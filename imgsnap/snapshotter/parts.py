@@ -33,6 +33,7 @@ class NodeSettings:
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
     read: ReadOptions = field(default_factory=ReadOptions)
     trust: tuple[str, ...] = ()  # patterns of repositories; see `trusted`
+    one_file: bool = False  # as MountOptions.one_file
 
     def open(self, location: RegistryLocation) -> Repository:
         """The caller closes it. Raises what `open_repository` raises."""
@@ -68,6 +69,7 @@ def devices(settings: NodeSettings) -> NodeDevices:
         cache_dir=settings.cache_dir,
         read=settings.read,
         cache_quota=settings.cache_quota,
+        one_file=settings.one_file,
     )
     return NodeDevices(settings.root, options, settings.source)
 

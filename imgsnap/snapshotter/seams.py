@@ -57,6 +57,10 @@ class Devices(Protocol):
         """The directory where the snapshot's EROFS is mounted; opens, verifies and mounts it if
         need be. Raises ImgsnapError."""
 
+    def file(self, repository: str, snapshot: Digest) -> Path | None:
+        """The one file below what `show` shows, for others to mount as EROFS; None where the
+        kernel takes no files, or the snapshot is in several. Raises as `show`."""
+
     def release(self, snapshot: Digest) -> None:
         """No row needs it any more. Raises Busy while in use: asked again at the next Cleanup."""
 

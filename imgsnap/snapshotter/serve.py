@@ -22,6 +22,7 @@ from imgsnap.snapshotter.claims import Claims
 from imgsnap.snapshotter.directories import Directories
 from imgsnap.snapshotter.image_service import ImageService, start_image_service
 from imgsnap.snapshotter.ledger import Ledger
+from imgsnap.snapshotter.mount_forms import MountForm
 from imgsnap.snapshotter.seams import Devices, ImageFinder, LayerUnpacker
 from imgsnap.snapshotter.service import SnapshotsService
 from imgsnap.snapshotter.snapshots import Snapshots
@@ -41,6 +42,7 @@ def serve(
     finder: ImageFinder | None = None,
     devices: Devices | None = None,
     unpacker: LayerUnpacker | None = None,
+    form: MountForm = MountForm.OVERLAY,
     image_service: ImageService | None = None,
 ) -> int:
     """Serves the snapshots in `root` at the socket `address` until SIGTERM or SIGINT.
@@ -52,7 +54,7 @@ def serve(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with opened(root, finder=finder, devices=devices, unpacker=unpacker) as snapshots:
+    with opened(root, finder=finder, devices=devices, unpacker=unpacker, form=form) as snapshots:
         servers = [start_server(snapshots, address)]
         _log.info("serving %s at %s", root, address)
         if image_service is not None:
@@ -76,6 +78,7 @@ def opened(
     finder: ImageFinder | None = None,
     devices: Devices | None = None,
     unpacker: LayerUnpacker | None = None,
+    form: MountForm = MountForm.OVERLAY,
 ) -> Iterator[Snapshots]:
     """The snapshots in `root`, recovered, and closed in the end; one process at a time.
 
@@ -86,7 +89,7 @@ def opened(
         try:
             directories = Directories(root)
             claims = Claims(ledger, directories, finder, devices, unpacker)
-            snapshots = Snapshots(ledger, directories, claims)
+            snapshots = Snapshots(ledger, directories, claims, form)
             snapshots.recover()
             try:
                 yield snapshots

@@ -20,20 +20,29 @@ from imgsnap.snapshotter.directories import Directories, take_over
 from imgsnap.snapshotter.filters import parse_filters
 from imgsnap.snapshotter.labels import TARGET, check_labels, check_name, mapped_root
 from imgsnap.snapshotter.ledger import Ledger
-from imgsnap.snapshotter.mount_forms import Mount
+from imgsnap.snapshotter.mount_forms import Mount, MountForm
 from imgsnap.snapshotter.rows import Kind, Row, Usage, WrongState
 
 _log = logging.getLogger(__name__)
 _LABEL_PATH = "labels."
+_EXTRACTION = "extract-"
+"""Begins the name that clients of containerd give to what they extract a layer into."""
 
 
 class Snapshots:
     """The ten calls. Safe for threads. All raise ImgsnapError."""
 
-    def __init__(self, ledger: Ledger, directories: Directories, claims: Claims) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        directories: Directories,
+        claims: Claims,
+        form: MountForm = MountForm.OVERLAY,
+    ) -> None:
         self._ledger = ledger
         self._directories = directories
         self._claims = claims
+        self._mount_form = form
         self._background = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
 
     def recover(self) -> None:
@@ -106,10 +115,23 @@ class Snapshots:
         return self._form(row, self._claims.lowers(row.parent) if row.parent else ())
 
     def _form(self, row: Row, lowers: tuple[Path, ...]) -> list[Mount]:
-        tree = self._directories.fs(row.id)
+        tree, work = self._directories.fs(row.id), self._directories.work(row.id)
+        file = self._file(row)
         if row.kind is Kind.VIEW:
-            return mount_forms.read_only(lowers, tree)
-        return mount_forms.writable(lowers, tree, self._directories.work(row.id))
+            return [mount_forms.erofs(file)] if file else mount_forms.read_only(lowers, tree)
+        if file is not None:
+            return mount_forms.managed(file, tree, work)
+        return mount_forms.writable(lowers, tree, work)
+
+    def _file(self, row: Row) -> Path | None:
+        """What is mounted as EROFS by others: never beneath a layer that is being extracted."""
+        form = self._mount_form
+        extracted = TARGET in row.labels or row.name.rpartition("/")[2].startswith(_EXTRACTION)
+        if form is MountForm.OVERLAY or not row.parent or extracted:
+            return None
+        if form is MountForm.EROFS and row.kind is not Kind.VIEW:
+            return None
+        return self._claims.file(row.parent)
 
     # Changing --------------------------------------------------------------------------------
 
