@@ -56,6 +56,17 @@ def command() -> None:
     help="Repositories whose snapshots of ordinary images are used [IMGSNAP_TRUST]",
 )
 @click.option(
+    "--convert",
+    metavar="PATTERN",
+    multiple=True,
+    help="Repositories whose images are converted on first use [IMGSNAP_CONVERT]",
+)
+@click.option(
+    "--metrics",
+    metavar="[ADDRESS:]PORT",
+    help="Serve metrics over HTTP there [IMGSNAP_SNAPSHOTTER_METRICS]",
+)
+@click.option(
     "--mount-form",
     type=click.Choice(["overlay", "erofs", "manager"]),
     default="overlay",
@@ -74,6 +85,8 @@ def run(
     image_service: str | None,
     containerd: str | None,
     trust: tuple[str, ...],
+    convert: tuple[str, ...],
+    metrics: str | None,
     mount_form: str,
     one_file: bool,
     prefetch: str,
@@ -87,6 +100,10 @@ def run(
     the repository: a snapshot's publisher says what the image's layers hold, for all images that
     share them. Any other image is unpacked as with overlayfs.
 
+    With --convert an ordinary image of a repository that matches is converted in the background
+    when a container runs from it, and published there: the next node finds it, where --trust
+    matches too. The node's credentials must allow to push.
+
     Snapshots are shown by the node daemon, which is started if none runs, and stays.
 
     --mount-form erofs makes views of a snapshot its file itself, which needs a kernel with
@@ -98,28 +115,33 @@ def run(
     Says when it is ready where systemd asks for it (Type=notify).
     """
     from imgsnap.snapshotter import parts
+    from imgsnap.snapshotter.conversion import first_use
+    from imgsnap.snapshotter.counters import Counters
     from imgsnap.snapshotter.mount_forms import MountForm
-    from imgsnap.snapshotter.serve import serve
+    from imgsnap.snapshotter.serve import Parts, serve
 
     read = reading(boot_pack_names(None), prefetch, prefetch_rate)
     form = MountForm(mount_form)
     node = _node(settings, Path(root).absolute(), flags, read)
     node = replace(
         node,
-        trust=trust or tuple(settings.environ.get("IMGSNAP_TRUST", "").split()),
+        trust=trust or settings.trust,
+        convert=convert or settings.convert,
         one_file=one_file or form is not MountForm.OVERLAY,
     )
     socket = Path(address) if address else settings.run / "snapshotter.sock"
     images = _image_service(settings, image_service, containerd) if image_service else None
-    return serve(
-        node.root,
-        socket.absolute(),
-        finder=parts.finder(node),
-        devices=parts.devices(node),
-        unpacker=parts.unpacker(node),
-        image_service=images,
-        form=form,
+    finder, counters = parts.finder(node), Counters()
+    made_of = Parts(
+        finder,
+        parts.devices(node),
+        parts.unpacker(node),
+        form,
+        first_use(node, finder, counters),
+        counters,
     )
+    metrics = metrics or settings.snapshotter_metrics
+    return serve(node.root, socket.absolute(), made_of, image_service=images, metrics=metrics)
 
 
 def _node(

@@ -1,7 +1,8 @@
 """The node's metrics in Prometheus' text format 0.0.4.
 
-Values come from the block server's `status` and from what the control process knows; what nobody could tell is left
-out, and `imgsnap_up` says why. Counters begin at 0 with each block server and each attachment.
+Values come from the block server's `status` and from what the control process knows; what nobody
+could tell is left out, and `imgsnap_up` says why. Counters begin at 0 with each block server and
+each attachment.
 """
 
 from collections.abc import Iterator, Mapping

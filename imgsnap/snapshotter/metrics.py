@@ -10,9 +10,9 @@ from imgsnap.errors import ImgsnapError
 from imgsnap.node.process_usage import process_usage
 from imgsnap.node.prometheus import PROCESS_FAMILIES, Sample, families, page, process_samples
 from imgsnap.snapshotter.counters import Counters
-from imgsnap.snapshotter.ledger import Ledger
 from imgsnap.snapshotter.rows import STATES
 from imgsnap.snapshotter.seams import Devices
+from imgsnap.snapshotter.snapshots import Snapshots
 
 FAMILIES = families(
     (
@@ -37,13 +37,13 @@ class SnapshotterObserver:
 
     def __init__(
         self,
-        ledger: Ledger,
+        snapshots: Snapshots,
         counters: Counters,
         devices: Devices | None = None,
         waiting: Callable[[], int] = lambda: 0,
     ) -> None:
         """`waiting` tells how many images wait to be converted."""
-        self._ledger = ledger
+        self._snapshots = snapshots
         self._counters = counters
         self._devices = devices
         self._waiting = waiting
@@ -58,7 +58,7 @@ class SnapshotterObserver:
 
     def _states(self) -> Counter[str] | None:
         try:
-            return Counter(row.state for row in self._ledger.scan())
+            return Counter(row.state for row in self._snapshots.list(()))
         except ImgsnapError as error:
             _log.warning("metrics: %s", error)
             return None

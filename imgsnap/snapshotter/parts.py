@@ -32,7 +32,8 @@ class NodeSettings:
     environ: Mapping[str, str]
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
     read: ReadOptions = field(default_factory=ReadOptions)
-    trust: tuple[str, ...] = ()  # patterns of repositories; see `trusted`
+    trust: tuple[str, ...] = ()  # patterns of repositories; see `matches`
+    convert: tuple[str, ...] = ()  # the same: whose images are converted on first use
     one_file: bool = False  # as MountOptions.one_file
 
     def open(self, location: RegistryLocation) -> Repository:
@@ -55,7 +56,7 @@ def finder(settings: NodeSettings) -> Finder:
     """Finds by labels, catalogue and registry. Raises what opening the node cache raises."""
     return Finder(
         settings.open,
-        lambda location: trusted(settings.trust, location),
+        lambda location: matches(settings.trust, location),
         Catalogue(settings.root),
         NodeCache(settings.cache_dir, quota=settings.cache_quota),
     )
@@ -78,6 +79,6 @@ def unpacker(settings: NodeSettings) -> Unpacker:
     return Unpacker(settings.open, settings.root / "unpacking")
 
 
-def trusted(patterns: Sequence[str], location: RegistryLocation) -> bool:
+def matches(patterns: Sequence[str], location: RegistryLocation) -> bool:
     """Whether a pattern as the shell's matches ``registry/repository``; ``*`` takes slashes too."""
     return any(fnmatchcase(repository_name(location), pattern) for pattern in patterns)

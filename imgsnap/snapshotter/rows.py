@@ -10,7 +10,6 @@ from imgsnap.digest import Digest
 from imgsnap.errors import ImgsnapError, IntegrityError
 from imgsnap.snapshotter.seams import ImageLayer
 
-
 STATES = ("active", "view", "layer", "placeholder", "device")
 """What `Row.state` may be."""
 

@@ -22,6 +22,7 @@ from imgsnap.snapshotter.labels import TARGET, check_labels, check_name, mapped_
 from imgsnap.snapshotter.ledger import Ledger
 from imgsnap.snapshotter.mount_forms import Mount, MountForm
 from imgsnap.snapshotter.rows import Kind, Row, Usage, WrongState
+from imgsnap.snapshotter.seams import OnUse
 
 _log = logging.getLogger(__name__)
 _LABEL_PATH = "labels."
@@ -38,11 +39,13 @@ class Snapshots:
         directories: Directories,
         claims: Claims,
         form: MountForm = MountForm.OVERLAY,
+        on_use: OnUse | None = None,
     ) -> None:
         self._ledger = ledger
         self._directories = directories
         self._claims = claims
         self._mount_form = form
+        self._on_use = on_use
         self._background = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
 
     def recover(self) -> None:
@@ -75,7 +78,10 @@ class Snapshots:
             claimed = self._claims.claim(parent, labels)
             if claimed is not None:
                 raise AlreadyExists(f"snapshot {labels[TARGET]} is {claimed.name!r}")
-        return self._create(Kind.ACTIVE, key, parent, labels)
+        made = self._create(Kind.ACTIVE, key, parent, labels)
+        if parent and not _is_extraction(key, labels):
+            self._note_use(parent)
+        return made
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A read-only snapshot of `parent`."""
@@ -99,6 +105,11 @@ class Snapshots:
             self._directories.discard(place)
             raise
         return self._form(row, lowers)
+
+    def _note_use(self, parent: str) -> None:
+        top = self._ledger.find(parent)
+        if self._on_use is not None and top is not None and top.claim is None:
+            self._on_use(top.labels)
 
     def _may_create(self, key: str, parent: str) -> int | None:
         """The id of the parent. Raises AlreadyExists, NotFound, InvalidArgument."""
@@ -126,8 +137,7 @@ class Snapshots:
     def _file(self, row: Row) -> Path | None:
         """What is mounted as EROFS by others: never beneath a layer that is being extracted."""
         form = self._mount_form
-        extracted = TARGET in row.labels or row.name.rpartition("/")[2].startswith(_EXTRACTION)
-        if form is MountForm.OVERLAY or not row.parent or extracted:
+        if form is MountForm.OVERLAY or not row.parent or _is_extraction(row.name, row.labels):
             return None
         if form is MountForm.EROFS and row.kind is not Kind.VIEW:
             return None
@@ -225,6 +235,11 @@ class Snapshots:
         """Deletes what removed snapshots left and releases devices; cheap when there is nothing."""
         self._claims.release_unused()
         self._directories.empty_removed()
+
+
+def _is_extraction(key: str, labels: Mapping[str, str]) -> bool:
+    """Whether a layer is extracted into the snapshot, not a container run from it."""
+    return TARGET in labels or key.rpartition("/")[2].startswith(_EXTRACTION)
 
 
 def _without_empty(labels: Mapping[str, str]) -> dict[str, str]:

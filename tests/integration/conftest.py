@@ -33,7 +33,17 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Iterator[Cli]:
-    command = Cli(tmp_path / "cli")
+    yield from _clean_cli(tmp_path / "cli")
+
+
+@pytest.fixture
+def other_cli(tmp_path: Path) -> Iterator[Cli]:
+    """Another node's."""
+    yield from _clean_cli(tmp_path / "other")
+
+
+def _clean_cli(root: Path) -> Iterator[Cli]:
+    command = Cli(root)
     yield command
     left = command.leftovers()
     if left:
