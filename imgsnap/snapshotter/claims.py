@@ -106,7 +106,7 @@ class Claims:
         with self._locks.hold(image.digest):
             try:
                 self._devices.show(image.repository, image.digest)
-            except ImgsnapError as error:
+            except (ImgsnapError, OSError) as error:
                 _log.warning("not claimed: %s of %s: %s", image.digest, image.repository, error)
                 if isinstance(error, NotFound | IntegrityError):
                     self._finder.gone(labels)

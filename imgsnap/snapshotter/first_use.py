@@ -87,6 +87,8 @@ class FirstUse:
                 self._add(asked.image, asked.manifest)
         except ImgsnapError as error:
             _log.info("not to be converted: %s", error)
+        except Exception:  # the container exists already
+            _log.exception("not to be converted")
 
     def _add(self, image: RegistryLocation, manifest: Digest) -> None:
         key = repository_name(image), manifest

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.support.cli import Cli
-from tests.support.containerd import Containerd, release, running_containerd
+from tests.support.containerd import release, running_containerd
 from tests.support.cri import cri
 from tests.support.docker_registry import DockerRegistry, free_port
 from tests.support.image_builder import collect, image, sha256
-from tests.support.installed import Ours, ours, run
+from tests.support.installed import Ours, ours, reached, run
 from tests.support.metrics_text import parse_metrics
 from tests.support.node import wait_for
 from tests.support.samples import program_tar
@@ -163,14 +163,6 @@ def test_a_conversion_ends_with_its_snapshotter_and_is_begun_anew(
         wait_long(lambda: has_snapshot(own_registry, name), "a snapshot in the registry")
         place = it.work / "state/converting"
         wait_for(lambda: not converters(it) and not list(place.iterdir()), "the conversion's end")
-
-
-def reached(containerd: Containerd) -> bool:
-    try:
-        containerd.snapshots("imgsnap", namespace="k8s.io")
-    except AssertionError:
-        return False
-    return True
 
 
 def has_snapshot(registry: DockerRegistry, name: str) -> bool:

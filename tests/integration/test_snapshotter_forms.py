@@ -1,52 +1,18 @@
 """Mount forms: what containerd and Kata's runtime see of a snapshot, on real mounts."""
 
-import contextlib
-import os
-import signal
 from pathlib import Path
 
 import pytest
 
 from imgsnap.mount import linux
 from tests.support.cli import Cli
-from tests.support.containerd import VERSIONS, Containerd, release, running_containerd
+from tests.support.containerd import VERSIONS, release, running_containerd
 from tests.support.docker_registry import DockerRegistry
-from tests.support.image_builder import collect, image
-from tests.support.installed import HTTP, NAME, Ours, ours, run
+from tests.support.installed import HTTP, NAME, ours, pull, reached, run, shown_from
 from tests.support.mounts import unmount
 from tests.support.node import wait_for
-from tests.support.samples import program_tar
-from tests.support.tars import Item, layer_tar
 
 pytestmark = [pytest.mark.root, pytest.mark.registry]
-
-
-@pytest.fixture
-def fast(cli: Cli, own_registry: DockerRegistry, name: str) -> str:
-    """A converted image."""
-    app = layer_tar([Item(b"app", content=b"the app\n")])
-    found = own_registry.put(name, collect(image(program_tar(), app), "1.0"))
-    cli.convert(found, f"{found}-fast", HTTP, "--as", "image")
-    return f"{found}-fast"
-
-
-def pull(cli: Cli, containerd: Containerd, registry: DockerRegistry, reference: str) -> None:
-    containerd.allow_http(registry.address)
-    address = ("--address", containerd.socket, "--namespace", "k8s.io")
-    cli("pull", "--containerd", HTTP, *address, reference)
-
-
-def shown_from(it: Ours) -> Path:
-    """The source that mountinfo has for the directory that a container's overlay lies on."""
-    (target,) = it.work.glob("state/devices/*/fs")
-    return Path([point.source for point in linux.mount_points() if point.target == target][-1])
-
-
-def reached(containerd: Containerd) -> bool:
-    with contextlib.suppress(AssertionError):
-        containerd.snapshots(NAME, namespace="k8s.io")
-        return True
-    return False
 
 
 @pytest.mark.parametrize("series", VERSIONS[1:])  # 1.6's ctr wants the layers for that
@@ -116,22 +82,3 @@ def test_a_node_that_begins_to_want_one_file(cli: Cli, own_registry: DockerRegis
         wait_for(lambda: reached(containerd), "containerd's next attempt to connect")
         assert run(containerd, fast, "cat /app") == "the app\n"
         assert shown_from(it).name == "layer.erofs"
-
-
-def test_a_daemon_that_died_altogether(cli: Cli, own_registry: DockerRegistry, fast: str):
-    """Its mounts are there, with errors for ever; who made them is not known any more."""
-    with (
-        ours(cli) as it,
-        running_containerd(release("1.6"), snapshotter=it.socket) as containerd,
-    ):
-        pull(cli, containerd, own_registry, fast)
-        server, control = it.node.server(), it.node._pid(it.node.places.control_socket)
-        supervisor = it.node.supervisor()
-        os.kill(supervisor.pid, signal.SIGSTOP)
-        for process in (server, supervisor, control):
-            it.node.kill(process)
-        for path in (it.node.places.run_dir / "mounts").glob("*.json"):
-            path.unlink()
-        assert run(containerd, fast, "cat /app") == "the app\n"
-        containerd.remove_image(fast, namespace="k8s.io")
-        wait_for(lambda: it.states() == [] and it.shown() == [], "nothing left")

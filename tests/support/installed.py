@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgsnap.mount import linux
 from imgsnap.snapshotter.ledger import Ledger
 from tests.support.cli import Cli
 from tests.support.containerd import Containerd
+from tests.support.docker_registry import DockerRegistry
 from tests.support.node import Node, wait_for
 
 NAME, HTTP, BUSYBOX = "imgsnap", "--plain-http", "/bin/busybox"
@@ -93,3 +95,23 @@ def run(containerd: Containerd, reference: str, command: str) -> str:
         if out.endswith(".end."):
             return out.removesuffix(".end.")
     raise AssertionError(f"no whole output of {command!r}: {out!r}")
+
+
+def pull(cli: Cli, containerd: Containerd, registry: DockerRegistry, reference: str) -> None:
+    containerd.allow_http(registry.address)
+    address = ("--address", containerd.socket, "--namespace", "k8s.io")
+    cli("pull", "--containerd", HTTP, *address, reference)
+
+
+def reached(containerd: Containerd) -> bool:
+    """Whether containerd has connected to the snapshotter again, which takes up to 3 seconds."""
+    with contextlib.suppress(AssertionError):
+        containerd.snapshots(NAME, namespace="k8s.io")
+        return True
+    return False
+
+
+def shown_from(it: Ours) -> Path:
+    """The source that mountinfo has for the directory that a container's overlay lies on."""
+    (target,) = it.work.glob("state/devices/*/fs")
+    return Path([point.source for point in linux.mount_points() if point.target == target][-1])

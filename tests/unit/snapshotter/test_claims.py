@@ -1,5 +1,6 @@
 """Remote snapshots: claimed, stacked upon, materialised, shared, released."""
 
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -351,6 +352,30 @@ def test_a_row_of_the_same_name_gets_nothing_that_was_fetched_for_its_forerunner
     assert not check_root(core.root).problems
     core.snapshots.prepare("container", row.name, {})
     assert lowers(core, "container") == [layer_file(APP.layers[0])]
+
+
+def test_a_disk_that_takes_no_device_means_the_fallback(core: Core, monkeypatch):
+    def full(*arguments) -> Path:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(core.devices, "show", full)
+    assert states(pull(core, APP)) == ["layer"] * 3
+
+
+def test_a_collection_goes_on_when_a_device_cannot_be_released(core: Core, monkeypatch):
+    """containerd's stops at the first error of ours."""
+    for row in reversed(pull(core, APP)):
+        core.snapshots.remove(row.name)
+
+    def stuck(snapshot: Digest) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(core.devices, "release", stuck)
+    core.snapshots.cleanup()
+    assert list(core.devices.shown()) == [APP.digest]
+    monkeypatch.undo()
+    core.snapshots.cleanup()
+    assert not list(core.devices.shown())
 
 
 # Mount forms ---------------------------------------------------------------------------------
