@@ -44,8 +44,17 @@ class Shown:
         self.asked.append(dict(labels))
         return self.snapshot if labels.get(names.MANIFEST_DIGEST) == self.manifest else None
 
+    def opened(self, image: ImageSnapshot) -> None:
+        pass
+
+    def gone(self, labels: Mapping[str, str]) -> None:
+        raise AssertionError("its snapshot is there")
+
     def show(self, repository: str, snapshot: Digest) -> Path:
         return self.tree
+
+    def file(self, repository: str, snapshot: Digest) -> Path | None:
+        return None
 
     def release(self, snapshot: Digest) -> None:
         pass

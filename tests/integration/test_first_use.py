@@ -1,6 +1,7 @@
 """Conversion on first use: one node runs an ordinary image and converts it, the next claims it."""
 
 import json
+import os
 import time
 import urllib.request
 from collections.abc import Callable
@@ -138,6 +139,12 @@ def converters(it: Ours) -> list[int]:
     return found
 
 
+def modest(pid: int) -> bool:
+    """Whether a process gives way to all others, and dies before them."""
+    nice = os.getpriority(os.PRIO_PROCESS, pid)
+    return nice == 19 and Path(f"/proc/{pid}/oom_score_adj").read_text() == "500\n"
+
+
 def test_a_conversion_ends_with_its_snapshotter_and_is_begun_anew(
     cli: Cli, own_registry: DockerRegistry, name: str
 ):
@@ -151,7 +158,7 @@ def test_a_conversion_ends_with_its_snapshotter_and_is_begun_anew(
         calls.pull(reference)
         run(containerd, reference, "cat /app")
         (pid,) = wait_for(lambda: converters(it), "a conversion")
-        assert Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[16] in ("0", "19")
+        wait_for(lambda: modest(pid), "the lowest priority")
         it.process.terminate()
         assert it.process.wait(30) == 0
         assert not Path(f"/proc/{pid}").exists()

@@ -10,7 +10,7 @@ from tests.support.containerd import VERSIONS, fresh_id, release, running_contai
 from tests.support.cri import cri
 from tests.support.docker_registry import DockerRegistry
 from tests.support.image_builder import collect, image, sha256
-from tests.support.installed import BUSYBOX, HTTP, NAME, ours, run
+from tests.support.installed import BUSYBOX, HTTP, NAME, ours, reached, run
 from tests.support.node import wait_for
 from tests.support.samples import noise, program_tar
 from tests.support.tars import Item, layer_tar
@@ -100,6 +100,7 @@ def test_kills_disturb_no_container(cli: Cli, own_registry: DockerRegistry, refe
         assert digest(3) == expected[3]
         found = cli("explain", one, "--format", "json").json
         assert found["reads"] > 0 and Path(found["target"]).parents[1] == it.work / "state/devices"
+        wait_for(lambda: reached(containerd), "containerd's next attempt to connect")
         second = run(containerd, fast, "cat /app")  # starts another control process
         assert second == "the app\n"
         containerd.ctr("tasks", "kill", "--signal", "9", one, namespace="k8s.io")
