@@ -1,5 +1,6 @@
 """What the snapshotter finds when the machine, or all of the node daemon, was restarted."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,9 +9,9 @@ import pytest
 
 from imgsnap.mount import attach, linux
 from tests.support.cli import Cli
-from tests.support.containerd import release, running_containerd
+from tests.support.containerd import fresh_id, release, running_containerd
 from tests.support.docker_registry import DockerRegistry
-from tests.support.installed import Ours, ours, pull, reached, run
+from tests.support.installed import BUSYBOX, NAME, Ours, ours, pull, reached, run
 from tests.support.node import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.registry]
@@ -69,4 +70,34 @@ def test_a_restart_of_the_machine(used: bool, cli: Cli, own_registry: DockerRegi
         if used:
             assert run(containerd, fast, "cat /app") == "the app\n"
         containerd.remove_image(fast, namespace="k8s.io")
+        wait_for(lambda: it.states() == [] and it.shown() == [], "nothing left")
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped by force"])
+def test_a_daemon_that_ends_below_a_container(
+    how: str, cli: Cli, own_registry: DockerRegistry, fast: str
+):
+    """That container has read errors; others start, and all can be removed."""
+    with (
+        ours(cli) as it,
+        running_containerd(release("1.6"), snapshotter=it.socket) as containerd,
+    ):
+        pull(cli, containerd, own_registry, fast)
+        one, where = fresh_id(), {"namespace": "k8s.io"}
+        start = ("run", "--detach", "--net-host", "--snapshotter", NAME, fast, one)
+        containerd.ctr(*start, BUSYBOX, "sleep", "1000", **where)
+        if how == "killed":
+            kill_daemon(it)
+        else:
+            cli("daemon", "stop", "--force")
+        assert run(containerd, fast, "cat /app") == "the app\n"
+        read = ("tasks", "exec", "--exec-id", fresh_id("e"), one, BUSYBOX, "cat", "/app")
+        containerd.ctr_fails(*read, **where)
+        assert run(containerd, fast, "cat /app; echo 1 > /app; cat /app") == "the app\n1\n"
+        with contextlib.suppress(AssertionError):  # it may have died of a read error
+            containerd.ctr("tasks", "kill", "--signal", "9", one, **where)
+        wait_for(lambda: "STOPPED" in containerd.ctr("tasks", "ls", **where), "its end")
+        containerd.ctr("tasks", "rm", one, **where)
+        containerd.ctr("containers", "rm", one, **where)
+        containerd.remove_image(fast, **where)
         wait_for(lambda: it.states() == [] and it.shown() == [], "nothing left")

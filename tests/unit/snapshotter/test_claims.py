@@ -1,5 +1,6 @@
 """Remote snapshots: claimed, stacked upon, materialised, shared, released."""
 
+import contextlib
 import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,12 +10,19 @@ from pathlib import Path
 import pytest
 
 from imgsnap.digest import Digest
-from imgsnap.errors import AlreadyExists, ImgsnapError, Unavailable, Unsupported
+from imgsnap.errors import (
+    AlreadyExists,
+    Busy,
+    ImgsnapError,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from imgsnap.snapshotter.claims import Claims
 from imgsnap.snapshotter.labels import TARGET
 from imgsnap.snapshotter.mount_forms import Mount, MountForm
 from imgsnap.snapshotter.report import check_root
-from imgsnap.snapshotter.rows import Row
+from imgsnap.snapshotter.rows import Row, WrongState
 from imgsnap.snapshotter.seams import ImageSnapshot
 from imgsnap.snapshotter.snapshots import Snapshots
 from tests.support.remote_parts import image_of, labels_of, layer_file
@@ -438,3 +446,47 @@ def test_what_is_not_one_file_alone_is_an_overlay(core: Core, form: MountForm):
     (view,) = core.snapshots.view("view", top, {})
     (container,) = core.snapshots.prepare("container", top, {})
     assert (view.type, container.type) == ("bind", "overlay")
+
+
+# Races ---------------------------------------------------------------------------------------
+
+_GONE_MEANWHILE = (NotFound, WrongState, Busy, AlreadyExists, IndexError)  # the last is `asked`'s
+
+
+def test_claims_containers_removals_and_cleanups_at_once(core: Core):
+    """Whoever was given a container's mounts has the device beneath it as long as it is there."""
+    end, without = threading.Event(), []
+
+    def client(number: int) -> None:
+        for turn in range(25):
+            key = f"container-{number}-{turn}"
+            with contextlib.suppress(*_GONE_MEANWHILE):
+                top = pull(core, APP, f"n/{number}-{turn}")[-1].name
+                core.snapshots.prepare(key, top, {})
+                (mount,) = core.snapshots.mounts(key)
+                device = Path(mount.options[-1].partition("=")[2]) / "device"
+                if core.snapshots.stat(top).device and not device.exists():
+                    without.append(device)
+                core.snapshots.remove(key)
+            for row in reversed(core.snapshots.list([])):
+                with contextlib.suppress(*_GONE_MEANWHILE):
+                    core.snapshots.remove(row.name)
+
+    def collect() -> None:
+        while not end.is_set():
+            core.snapshots.cleanup()
+
+    with ThreadPoolExecutor(4) as pool:
+        collecting = pool.submit(collect)
+        clients = [pool.submit(client, number) for number in range(3)]
+        try:
+            for done in clients:
+                done.result(120)
+        finally:
+            end.set()
+        collecting.result(20)
+    assert without == []
+    for row in reversed(core.snapshots.list([])):
+        core.snapshots.remove(row.name)
+    core.snapshots.cleanup()
+    assert not list(core.devices.shown()) and not check_root(core.root).problems
