@@ -10,13 +10,13 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from imgsnap.blockstore.node_cache import remove_tree
 from imgsnap.digest import Digest
 from imgsnap.errors import ImgsnapError, Unavailable
 from imgsnap.node.source import Source
 from imgsnap.oci.reference import RegistryLocation
 from imgsnap.snapshotter.conversion_request import Request
 from imgsnap.snapshotter.counters import Counters
+from imgsnap.snapshotter.directories import CONVERTING
 from imgsnap.snapshotter.find_image import Finder
 from imgsnap.snapshotter.first_use import FirstUse
 from imgsnap.snapshotter.image_labels import repository_name
@@ -49,23 +49,19 @@ def first_use(settings: NodeSettings, finder: Finder, counters: Counters) -> Fir
 class Conversions:
     """Implements ConvertImage. One at a time; `stop` may be called by any thread.
 
-    Layers are decompressed below `<root>/converting`. What a killed process left there goes before
-    the first conversion, and with it the place where an orphan of that process worked.
+    Layers are decompressed below `<root>/converting`, which is discarded when a snapshotter starts,
+    and with it the place where an orphan of a killed one works.
     """
 
     def __init__(self, settings: NodeSettings) -> None:
         self._settings = settings
-        self._work = settings.root / "converting"
-        self._cleared = False
+        self._work = settings.root / CONVERTING
         self._lock = threading.Lock()
         self._running = _Running()
 
     def convert(self, image: RegistryLocation, manifest: Digest) -> None:
         """See ConvertImage."""
-        if not self._cleared:
-            remove_tree(self._work)
-            self._work.mkdir(mode=0o700)
-            self._cleared = True
+        self._work.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self._work, ignore_cleanup_errors=True) as work:
             self._convert(self._request(image, manifest, Path(work)))
 

@@ -15,6 +15,7 @@ from imgsnap.oci.reference import RegistryLocation
 from imgsnap.oci.repository import Repository
 from imgsnap.snapshotter.catalogue import Catalogue
 from imgsnap.snapshotter.devices import NodeDevices
+from imgsnap.snapshotter.directories import UNPACKING
 from imgsnap.snapshotter.find_image import Finder
 from imgsnap.snapshotter.image_labels import repository_name
 from imgsnap.snapshotter.unpack_layer import Unpacker
@@ -76,7 +77,7 @@ def devices(settings: NodeSettings) -> NodeDevices:
 
 
 def unpacker(settings: NodeSettings) -> Unpacker:
-    return Unpacker(settings.open, settings.root / "unpacking")
+    return Unpacker(settings.open, settings.root / UNPACKING)
 
 
 def matches(patterns: Sequence[str], location: RegistryLocation) -> bool:

@@ -51,6 +51,7 @@ class Snapshots:
     def recover(self) -> None:
         """Finishes what a killed process began. Before the first call, and once."""
         rows = self._ledger.scan()
+        self._directories.discard_scratch()
         self._directories.discard_unused({row.id for row in rows if row.has_directory})
         present = self._directories.numbers()
         for row in rows:

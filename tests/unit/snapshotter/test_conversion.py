@@ -52,7 +52,6 @@ def child(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
 def test_what_a_process_is_told(conversions: Conversions, monkeypatch, tmp_path: Path):
     out = tmp_path / "told"
     child(monkeypatch, f"open({str(out)!r}, 'w').write(json.dumps(request))")
-    (tmp_path / "root/converting/left-by-one-that-was-killed").mkdir(parents=True)
     conversions.convert(IMAGE, MANIFEST)
     told = Request.from_json(json.loads(out.read_text()))
     assert told.source.location == f"docker://registry.example/team/app@{MANIFEST}"
