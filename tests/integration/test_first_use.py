@@ -1,5 +1,6 @@
 """Conversion on first use: one node runs an ordinary image and converts it, the next claims it."""
 
+import base64
 import json
 import os
 import time
@@ -12,7 +13,7 @@ import pytest
 from tests.support.cli import Cli
 from tests.support.containerd import release, running_containerd
 from tests.support.cri import cri
-from tests.support.docker_registry import DockerRegistry, free_port
+from tests.support.docker_registry import PASSWORD, USER, DockerRegistry, free_port
 from tests.support.image_builder import collect, image, sha256
 from tests.support.installed import Ours, ours, reached, run
 from tests.support.metrics_text import parse_metrics
@@ -125,6 +126,29 @@ def test_what_may_not_be_pushed_runs_all_the_same(
         assert run(containerd, reference, "cat /app") == "the app\n"
         assert metrics(address).value("imgsnap_snapshotter_conversions_waiting") == 0
         assert (it.work / "log").read_text().count("is not converted") == 1
+
+
+def test_it_is_published_with_the_snapshotters_credentials(
+    cli: Cli, own_registry: DockerRegistry, name: str, tmp_path: Path
+):
+    reference = own_registry.put(name, collect(image(program_tar(), APP), "1.0"))
+    own_registry.stop()
+    own_registry.auth = True
+    own_registry.start()
+    token = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auths": {own_registry.address: {"auth": token}}}))
+    address = f"127.0.0.1:{free_port()}"
+    options = ("--convert", "*", "--metrics", address, "--registry-config", str(config))
+    with (
+        ours(cli, *options) as it,
+        running_containerd(release("1.6"), snapshotter=it.socket, cri=True) as containerd,
+        cri(containerd.socket) as calls,
+    ):
+        containerd.allow_http(own_registry.address)
+        calls.pull(reference, USER, PASSWORD)
+        assert run(containerd, reference, "cat /app") == "the app\n"
+        wait_long(lambda: conversions(address, "converted") == 1, "a conversion")
 
 
 def converters(it: Ours) -> list[int]:
