@@ -94,6 +94,7 @@ class Snapshots:
         lowers = self._claims.lowers(parent) if parent else ()
         now = time.time_ns()
         row = Row(0, key, parent, kind, now, now, _without_empty(labels))
+        file = self._file(row)  # may fail: before there is a row
         place = self._directories.create(writable=kind is Kind.ACTIVE)
         try:
             _set_owner(place / "fs", root, lowers)
@@ -105,11 +106,11 @@ class Snapshots:
         except BaseException:
             self._directories.discard(place)
             raise
-        return self._form(row, lowers)
+        return self._form(row, lowers, file)
 
     def _note_use(self, parent: str) -> None:
-        top = self._ledger.find(parent)
-        if self._on_use is not None and top is not None and top.claim is None:
+        top = self._ledger.find(parent) if self._on_use else None
+        if self._on_use and top is not None and top.claim is None:
             self._on_use(top.labels)
 
     def _may_create(self, key: str, parent: str) -> int | None:
@@ -124,11 +125,11 @@ class Snapshots:
         row = self._ledger.get(key)
         if row.kind is Kind.COMMITTED:
             raise WrongState(f"snapshot {key!r} is committed, it is not mounted itself")
-        return self._form(row, self._claims.lowers(row.parent) if row.parent else ())
+        lowers = self._claims.lowers(row.parent) if row.parent else ()
+        return self._form(row, lowers, self._file(row))
 
-    def _form(self, row: Row, lowers: tuple[Path, ...]) -> list[Mount]:
+    def _form(self, row: Row, lowers: tuple[Path, ...], file: Path | None) -> list[Mount]:
         tree, work = self._directories.fs(row.id), self._directories.work(row.id)
-        file = self._file(row)
         if row.kind is Kind.VIEW:
             return [mount_forms.erofs(file)] if file else mount_forms.read_only(lowers, tree)
         if file is not None:

@@ -448,6 +448,19 @@ def test_what_is_not_one_file_alone_is_an_overlay(core: Core, form: MountForm):
     assert (view.type, container.type) == ("bind", "overlay")
 
 
+def test_a_file_that_cannot_be_had_leaves_no_row(core: Core, monkeypatch):
+    core = with_form(core, MountForm.MANAGER)
+    top = pull(core, APP)[-1].name
+
+    def away(*arguments) -> Path:
+        raise Unavailable("the daemon is away")
+
+    monkeypatch.setattr(core.devices, "file", away)
+    with pytest.raises(Unavailable):
+        core.snapshots.prepare("container", top, {})
+    assert "container" not in [row.name for row in core.snapshots.list([])]
+
+
 # Races ---------------------------------------------------------------------------------------
 
 _GONE_MEANWHILE = (NotFound, WrongState, Busy, AlreadyExists, IndexError)  # the last is `asked`'s
