@@ -55,6 +55,25 @@ def command() -> None:
     multiple=True,
     help="Repositories whose snapshots of ordinary images are used [IMGSNAP_TRUST]",
 )
+@click.option(
+    "--convert",
+    metavar="PATTERN",
+    multiple=True,
+    help="Repositories whose images are converted on first use [IMGSNAP_CONVERT]",
+)
+@click.option(
+    "--metrics",
+    metavar="[ADDRESS:]PORT",
+    help="Serve metrics over HTTP there [IMGSNAP_SNAPSHOTTER_METRICS]",
+)
+@click.option(
+    "--mount-form",
+    type=click.Choice(["overlay", "erofs", "manager"]),
+    default="overlay",
+    show_default=True,
+    help="What containerd mounts of a snapshot: our mount, or its file",
+)
+@click.option("--one-file", is_flag=True, help="Mount every snapshot from one file, for Kata")
 @reading_flags
 @registry_flags
 @click.pass_obj
@@ -66,6 +85,10 @@ def run(
     image_service: str | None,
     containerd: str | None,
     trust: tuple[str, ...],
+    convert: tuple[str, ...],
+    metrics: str | None,
+    mount_form: str,
+    one_file: bool,
     prefetch: str,
     prefetch_rate: str | None,
     **flags: Any,
@@ -77,7 +100,14 @@ def run(
     the repository: a snapshot's publisher says what the image's layers hold, for all images that
     share them. Any other image is unpacked as with overlayfs.
 
+    With --convert an ordinary image of a repository that matches is converted in the background
+    when a container runs from it, and published there: the next node finds it, where --trust
+    matches too. The node's credentials must allow to push.
+
     Snapshots are shown by the node daemon, which is started if none runs, and stays.
+
+    --mount-form erofs makes views of a snapshot its file itself, which needs a kernel with
+    file-backed EROFS; manager containers, too, which needs containerd 2.2. Both imply --one-file.
 
     With --image-service the credentials of pulls are kept for later reads, if the kubelet's
     --image-service-endpoint is that socket.
@@ -85,20 +115,33 @@ def run(
     Says when it is ready where systemd asks for it (Type=notify).
     """
     from imgsnap.snapshotter import parts
-    from imgsnap.snapshotter.serve import serve
+    from imgsnap.snapshotter.conversion import first_use
+    from imgsnap.snapshotter.counters import Counters
+    from imgsnap.snapshotter.mount_forms import MountForm
+    from imgsnap.snapshotter.serve import Parts, serve
 
     read = reading(boot_pack_names(None), prefetch, prefetch_rate)
-    node = _node(settings, Path(root).absolute(), flags, read, trust)
+    form = MountForm(mount_form)
+    node = _node(settings, Path(root).absolute(), flags, read)
+    node = replace(
+        node,
+        trust=trust or settings.trust,
+        convert=convert or settings.convert,
+        one_file=one_file or form is not MountForm.OVERLAY,
+    )
     socket = Path(address) if address else settings.run / "snapshotter.sock"
     images = _image_service(settings, image_service, containerd) if image_service else None
-    return serve(
-        node.root,
-        socket.absolute(),
-        finder=parts.finder(node),
-        devices=parts.devices(node),
-        unpacker=parts.unpacker(node),
-        image_service=images,
+    finder, counters = parts.finder(node), Counters()
+    made_of = Parts(
+        finder,
+        parts.devices(node),
+        parts.unpacker(node),
+        form,
+        first_use(node, finder, counters),
+        counters,
     )
+    metrics = metrics or settings.snapshotter_metrics
+    return serve(node.root, socket.absolute(), made_of, image_service=images, metrics=metrics)
 
 
 def _node(
@@ -106,7 +149,6 @@ def _node(
     root: Path,
     flags: dict[str, Any],
     read: "ReadOptions",
-    trust: tuple[str, ...],
 ) -> "NodeSettings":
     from imgsnap.snapshotter import credentials
     from imgsnap.snapshotter.parts import NodeSettings
@@ -121,7 +163,6 @@ def _node(
         environ=settings.environ,
         cache_quota=quota(settings),
         read=read,
-        trust=trust or tuple(settings.environ.get("IMGSNAP_TRUST", "").split()),
     )
 
 

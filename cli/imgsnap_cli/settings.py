@@ -21,6 +21,9 @@ class Settings:
     hosts: Path  # hosts.toml files: mirrors of registries
     cache_quota: str | None  # as it was given; None: the one kept with the cache
     metrics: str | None  # where the daemon serves metrics: [ADDRESS:]PORT
+    trust: tuple[str, ...]  # patterns of repositories whose snapshots of images are used
+    convert: tuple[str, ...]  # and of those whose images are converted on first use
+    snapshotter_metrics: str | None  # where the snapshotter serves metrics: [ADDRESS:]PORT
     environ: Mapping[str, str]
 
     @property
@@ -52,6 +55,9 @@ class Settings:
             hosts=Path(environ.get("IMGSNAP_HOSTS_DIR") or CONTAINERD_HOSTS).absolute(),
             cache_quota=cache_quota or environ.get("IMGSNAP_CACHE_QUOTA") or None,
             metrics=environ.get("IMGSNAP_METRICS") or None,
+            trust=tuple(environ.get("IMGSNAP_TRUST", "").split()),
+            convert=tuple(environ.get("IMGSNAP_CONVERT", "").split()),
+            snapshotter_metrics=environ.get("IMGSNAP_SNAPSHOTTER_METRICS") or None,
             environ=dict(environ),
         )
 

@@ -67,6 +67,7 @@ def mount_by_daemon(options: "MountOptions", source: "Source") -> MountRecord:
         target=os.path.realpath(options.target),
         read_write=options.read_write,
         rw_root=str(options.rw_root) if options.rw_root else None,
+        one_file=options.one_file,
         options=asdict(options.read),
     )
     return MountRecord(**record)

@@ -219,8 +219,9 @@ class Control:
     def mount(self, args: dict[str, Any]) -> dict[str, Any]:
         """Shows a snapshot on a directory; the mount's record.
 
-        One that is complete in the cache is mounted from its files. Any other is attached and its
-        EROFS mounted once, however many directories show it: they share its page cache.
+        One that is complete in the cache is mounted from its files, unless the caller wants one
+        file. Any other is attached and its EROFS mounted once, however many directories show it:
+        they share its page cache.
         """
         wanted = self._options(args)
         with self._target_lock(MountRecords.id_of(Path(os.path.realpath(wanted.target)))):
@@ -257,6 +258,7 @@ class Control:
                 platform=parse_platform(platform) if platform else None,
                 read_write=bool(args.get("read_write")),
                 rw_root=Path(rw_root) if rw_root else None,
+                one_file=bool(args.get("one_file")),
                 read=read_options(args.get("options", {})),
             )
         except (KeyError, TypeError) as error:

@@ -63,10 +63,10 @@ def run_daemon(
                 places.control_socket.unlink(missing_ok=True)
             raise
     control = Control(run_dir, cache_dir)
+    ensure_supervisor(places, cache_dir, cache_quota)  # first: undoing asks its block server
     control.undo_half_done()
     server = rpc.Server(listener, control.handlers())
     server.start()
-    ensure_supervisor(places, cache_dir, cache_quota)
     systemd.notify(os.environ, "READY=1")
     start_log(places.control_log)
     while True:

@@ -84,11 +84,13 @@ class DirectMount:
 def mount_direct(
     options: MountOptions, source: Source, open_repository: OpenRepository
 ) -> MountRecord | None:
-    """Mounts a snapshot that is complete in the cache; None when a server is needed.
+    """Mounts a snapshot that is complete in the cache; None when a server is needed or wanted.
 
     Raises what claiming the target raises; anything else that goes wrong is left to the server
     to meet and report.
     """
+    if options.one_file:
+        return None
     try:
         cache = NodeCache(options.cache_dir, quota=options.cache_quota)
         found = find_direct(cache, source, options, open_repository)

@@ -1,40 +1,37 @@
 """The node's metrics in Prometheus' text format 0.0.4.
 
-Source of the format: prometheus.io/docs/instrumenting/exposition_formats. Values come from the
-block server's `status` and from what the control process knows; what nobody could tell is left
-out, and `imgsnap_up` says why. Counters begin at 0 with each block server and each attachment.
+Values come from the block server's `status` and from what the control process knows; what nobody
+could tell is left out, and `imgsnap_up` says why. Counters begin at 0 with each block server and
+each attachment.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from imgsnap.blockstore.cache_quota import UNLIMITED
 from imgsnap.blockstore.stalls import BUCKETS_S
+from imgsnap.node.prometheus import (
+    PROCESS_FAMILIES,
+    Sample,
+    families,
+    histogram,
+    page,
+    process_samples,
+)
 
 SNAPSHOTS_MAX = 512
 """Snapshots with series of their own, the first that were opened; `imgsnap_snapshots_left_out`
 counts the others."""
 HOSTS_MAX = 16
 """Per snapshot."""
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _OWN = ("snapshot", "repository")
 
 
-class Family(NamedTuple):
-    """One metric; docs/metrics.md has the same rows."""
-
-    name: str
-    kind: str  # counter, gauge or histogram
-    labels: tuple[str, ...]
-    help: str
-
-
-FAMILIES = tuple(
-    Family(f"imgsnap_{name}", kind, labels, text)
-    for name, kind, labels, text in (
+FAMILIES = families(
+    (
         ("up", "gauge", (), "Whether the block server answers: 1 or 0."),
         ("build_info", "gauge", ("version",), "Always 1."),
         ("attachments", "gauge", (), "Snapshots that the daemon has attached."),
@@ -59,12 +56,9 @@ FAMILIES = tuple(
         ("damaged_chunks_total", "counter", (*_OWN, "place"), "Chunks that failed verification."),
         ("cache_bytes", "gauge", ("kind",), "Allocated bytes of the node cache."),
         ("cache_quota_bytes", "gauge", (), "The most it may take; +Inf without a quota."),
-        ("process_resident_memory_bytes", "gauge", ("process",), "Resident memory."),
-        ("process_cpu_seconds_total", "counter", ("process",), "CPU time, user and system."),
-        ("process_open_fds", "gauge", ("process",), "Open descriptors."),
+        *PROCESS_FAMILIES,
     )
 )
-_BY_NAME = {family.name: family for family in FAMILIES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,44 +75,9 @@ class NodeState:
     processes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
-class Sample(NamedTuple):
-    """One line. `suffix` follows the family's name: of histograms only."""
-
-    family: str
-    labels: Mapping[str, str]
-    value: float
-    suffix: str = ""
-
-
 def render(state: NodeState) -> str:
-    """The whole page: families in the order of FAMILIES, those without samples left out."""
-    samples: dict[str, list[Sample]] = {family.name: [] for family in FAMILIES}
-    for sample in _samples(state):
-        samples[f"imgsnap_{sample.family}"].append(sample)
-    lines = []
-    for name, found in samples.items():
-        if found:
-            lines.append(f"# HELP {name} {_BY_NAME[name].help}")
-            lines.append(f"# TYPE {name} {_BY_NAME[name].kind}")
-            lines += [_line(name, sample) for sample in found]
-    return "\n".join(lines) + "\n"
-
-
-def _line(name: str, sample: Sample) -> str:
-    labels = ",".join(f'{key}="{_escaped(value)}"' for key, value in sample.labels.items())
-    shown = f"{{{labels}}}" if labels else ""
-    return f"{name}{sample.suffix}{shown} {_number(sample.value)}"
-
-
-def _escaped(value: str) -> str:
-    text = value.encode("utf-8", "backslashreplace").decode()
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
-def _number(value: float) -> str:
-    if value == float("inf"):
-        return "+Inf"
-    return str(value) if isinstance(value, int) else repr(value)
+    """The whole page."""
+    return page(FAMILIES, _samples(state))
 
 
 def _samples(state: NodeState) -> Iterator[Sample]:
@@ -137,14 +96,7 @@ def _samples(state: NodeState) -> Iterator[Sample]:
     if state.quota is not None:
         limit = float("inf") if state.quota >= UNLIMITED else state.quota
         yield Sample("cache_quota_bytes", {}, limit)
-    for process, usage in state.processes.items():
-        for family, key in (
-            ("process_resident_memory_bytes", "rss_bytes"),
-            ("process_cpu_seconds_total", "cpu_seconds"),
-            ("process_open_fds", "open_fds"),
-        ):
-            if key in usage:
-                yield Sample(family, {"process": process}, usage[key])
+    yield from process_samples(state.processes)
 
 
 def _server(status: Mapping[str, Any]) -> Iterator[Sample]:
@@ -189,13 +141,6 @@ def _snapshot(own: Mapping[str, str], counts: Mapping[str, Any]) -> Iterator[Sam
 
 
 def _histogram(own: Mapping[str, str], stalls: Mapping[str, Any]) -> Iterator[Sample]:
-    """Buckets count all waits up to their end, as the format wants."""
-    buckets: Iterable[int] = stalls.get("buckets", ())
-    count = 0
-    ends = [*(repr(end) for end in BUCKETS_S), "+Inf"]
-    for end, here in zip(ends, buckets, strict=False):
-        count += here
-        yield Sample("stall_seconds", {**own, "le": end}, count, "_bucket")
-    if count or buckets:
-        yield Sample("stall_seconds", own, stalls["seconds"], "_sum")
-        yield Sample("stall_seconds", own, count, "_count")
+    buckets = stalls.get("buckets", ())
+    if buckets:
+        yield from histogram("stall_seconds", own, BUCKETS_S, buckets, stalls["seconds"])

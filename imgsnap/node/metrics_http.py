@@ -1,7 +1,7 @@
 """Metrics over HTTP: `/metrics` for Prometheus and `/healthz` for probes, GET only.
 
-Nothing here can disturb readers: it runs in the control process, at most REQUESTS_MAX requests at
-a time, and asks the block server with a short deadline.
+Nothing here can disturb readers: at most REQUESTS_MAX requests at a time, in a process that serves
+no reads, and the block server is asked with a short deadline.
 """
 
 import errno
@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from imgsnap import __version__
 from imgsnap.blockstore.cache_quota import quota
@@ -22,9 +22,10 @@ from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.errors import Busy, ImgsnapError, InvalidArgument
 from imgsnap.mount.records import MOUNTED, MountRecords
 from imgsnap.node import rpc
-from imgsnap.node.metrics import CONTENT_TYPE, NodeState, render
+from imgsnap.node.metrics import NodeState, render
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.process_usage import process_usage
+from imgsnap.node.prometheus import CONTENT_TYPE
 
 REQUESTS_MAX = 8
 REQUEST_TIMEOUT_S = 10.0
@@ -49,6 +50,16 @@ def parse_address(text: str) -> tuple[str, int]:
     return bare or LOOPBACK, int(port)
 
 
+class Observed(Protocol):
+    """What a server shows; called by several threads."""
+
+    def page(self) -> str:
+        """The metrics. Does not raise: what is down is a value."""
+
+    def problem(self) -> str | None:
+        """Why a probe should fail; None when all is well."""
+
+
 class Observer:
     """Finds out the state of the node for each scrape. Safe for threads."""
 
@@ -62,6 +73,14 @@ class Observer:
         self._sizes: dict[str, int] | None = None
         self._quota: int | None = None
         self._looked = float("-inf")
+
+    def page(self) -> str:
+        """See `Observed.page`."""
+        return render(self.state())
+
+    def problem(self) -> str | None:
+        """See `Observed.problem`."""
+        return None if self.server() is not None else "the block server does not answer"
 
     def state(self) -> NodeState:
         """Never raises for what is down: that is what the metrics are for."""
@@ -128,11 +147,11 @@ class MetricsServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: str, observer: Observer) -> None:
+    def __init__(self, address: str, observed: Observed) -> None:
         """Listens at once. Raises InvalidArgument for no address, Busy when it is taken, OSError
         for what cannot be listened on."""
         host, port = parse_address(address)
-        self.observer = observer
+        self.observed = observed
         self._slots = threading.BoundedSemaphore(REQUESTS_MAX)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -177,10 +196,10 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/metrics":
-            self._answer(200, render(self.server.observer.state()), CONTENT_TYPE)
+            self._answer(200, self.server.observed.page(), CONTENT_TYPE)
         elif path == "/healthz":
-            up = self.server.observer.server() is not None
-            self._answer(*((200, "ok\n") if up else (503, "the block server does not answer\n")))
+            problem = self.server.observed.problem()
+            self._answer(503 if problem else 200, f"{problem or 'ok'}\n")
         else:
             self._answer(404, "only /metrics and /healthz are here\n")
 

@@ -119,6 +119,15 @@ def connect(path: Path, timeout_s: float) -> socket.socket:
 # Calling -----------------------------------------------------------------------------------------
 
 
+def somebody_listens(path: Path) -> bool:
+    """Whether a process has the socket open, also one that is too busy to answer now."""
+    try:
+        with connect(path, 0):
+            return True
+    except NobodyListens as error:
+        return isinstance(error.__cause__, BlockingIOError)
+
+
 def call(path: Path, operation: str, *, timeout_s: float = CALL_TIMEOUT_S, **args: Any) -> Any:
     """Asks the process at `path`. Raises what it met, Unavailable when it does not answer."""
     answer = call_for_descriptors(path, operation, timeout_s=timeout_s, **args)

@@ -27,6 +27,7 @@ class MountOptions:
     read: ReadOptions = field(default_factory=ReadOptions)
     mount_timeout_s: float = 300.0
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
+    one_file: bool = False  # EROFS is over one file with all bytes, though the cache has them all
 
 
 def claim(options: MountOptions) -> tuple[MountOptions, MountRecord]:

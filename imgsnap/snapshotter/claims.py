@@ -20,6 +20,7 @@ from imgsnap.errors import (
     NotFound,
     Unsupported,
 )
+from imgsnap.snapshotter.counters import Counters
 from imgsnap.snapshotter.directories import Directories
 from imgsnap.snapshotter.labels import TARGET, digest_label
 from imgsnap.snapshotter.ledger import Ledger
@@ -40,12 +41,14 @@ class Claims:
         finder: ImageFinder | None = None,
         devices: Devices | None = None,
         unpacker: LayerUnpacker | None = None,
+        counters: Counters | None = None,
     ) -> None:
         self._ledger = ledger
         self._directories = directories
         self._finder = finder
         self._devices = devices
         self._unpacker = unpacker
+        self._counters = counters or Counters()
         self._locks = KeyedLocks()
 
     # Claiming --------------------------------------------------------------------------------
@@ -61,12 +64,19 @@ class Claims:
             target = digest_label(labels, TARGET)
         except InvalidArgument as error:
             _log.warning("not claimed: %s", error)
-            return None
+            return self._fall_back("labels")
         image = self._finder.find(labels)
         if target is None or image is None:
-            return None
+            return self._fall_back("no_snapshot")
         index = self._index(image, target, parent)
-        return None if index is None else self._show_and_claim(image, index, parent, labels)
+        if index is None:
+            return self._fall_back("place")
+        return self._show_and_claim(image, index, parent, labels)
+
+    def _fall_back(self, reason: str) -> Row | None:
+        """No row: the layer becomes an ordinary one."""
+        self._counters.add("fallbacks", reason=reason)
+        return None
 
     def _index(self, image: ImageSnapshot, target: Digest, parent: str) -> int | None:
         """Which layer of the image `target` is; None unless `parent` is the layer beneath."""
@@ -96,13 +106,16 @@ class Claims:
         with self._locks.hold(image.digest):
             try:
                 self._devices.show(image.repository, image.digest)
-            except ImgsnapError as error:
+            except (ImgsnapError, OSError) as error:
                 _log.warning("not claimed: %s of %s: %s", image.digest, image.repository, error)
                 if isinstance(error, NotFound | IntegrityError):
                     self._finder.gone(labels)
-                return None
+                return self._fall_back("device")
             self._finder.opened(image)
-            return self._write(Claim(image.repository, image.layers[index], device), parent, labels)
+            claim = Claim(image.repository, image.layers[index], device)
+            row = self._write(claim, parent, labels)
+        self._counters.add("claims", kind=row.state)
+        return row
 
     def _write(self, claim: Claim, parent: str, labels: Mapping[str, str]) -> Row:
         now = time.time_ns()
@@ -151,13 +164,24 @@ class Claims:
             )
         return self._devices.show(row.claim.repository, device)
 
+    def file(self, parent: str) -> Path | None:
+        """The file of the snapshot that is all there is in the row `parent` and beneath it; None
+        when it is something else, or nothing that others can mount. Raises ImgsnapError."""
+        row = self._ledger.get(parent)
+        if self._devices is None or row.claim is None or row.device is None:
+            return None
+        return self._devices.file(row.claim.repository, row.device)
+
     def _materialised(self, row: Row, lowers: Sequence[Path]) -> Row:
         """A placeholder after its layer was fetched; who comes second waits for the first."""
         with self._locks.hold(row.id):
             now = self._ledger.get(row.name)
             if now.is_placeholder and now.claim is not None:
                 self._unpack(now, now.claim, lowers)
-        return self._ledger.get(row.name)
+            now = self._ledger.get(row.name)
+        if now.id != row.id:  # removed, and claimed again
+            raise Busy(f"snapshot {row.name!r} changed meanwhile; try again")
+        return now
 
     def _unpack(self, row: Row, claim: Claim, lowers: Sequence[Path]) -> None:
         if self._unpacker is None:
@@ -169,12 +193,15 @@ class Claims:
             self._directories.sync(place)  # nobody would look at these bytes again
             with self._ledger.change() as changes:
                 now = self._ledger.get(row.name)
-                if now.claim == claim:  # or it has become a device, and these bytes are in vain
+                # or it has become a device, or another row has its name: these bytes are in vain
+                if (now.id, now.claim) == (row.id, claim):
                     place = self._directories.settle(place, row.id)
                     changes.update(replace(now, claim=replace(claim, materialised=True)))
+                    self._counters.add("materialised_layers", result="done")
                     return
         except BaseException:
             self._directories.discard(place)
+            self._counters.add("materialised_layers", result="failed")
             raise
         self._directories.discard(place)
 
@@ -192,7 +219,7 @@ class Claims:
                     self._devices.release(snapshot)
                 except Busy as error:
                     _log.info("%s is still in use: %s", snapshot, error)
-                except ImgsnapError as error:
+                except (ImgsnapError, OSError) as error:  # containerd's collection goes on
                     _log.warning("%s is not released: %s", snapshot, error)
 
 

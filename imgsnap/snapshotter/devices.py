@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from imgsnap.digest import Digest, digest_hex
-from imgsnap.errors import NotFound
+from imgsnap.errors import Busy, NotFound
+from imgsnap.mount import attach, linux
 from imgsnap.mount.records import MountRecords
-from imgsnap.node import client
+from imgsnap.node import client, rpc
 from imgsnap.node.daemon import ensure_daemon
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
@@ -41,7 +42,7 @@ class NodeDevices:
         self._locks = KeyedLocks()
 
     def show(self, repository: str, snapshot: Digest) -> Path:
-        """Costs three system calls when it is shown already."""
+        """Costs a few system calls when it is shown already."""
         target = self._target(snapshot)
         if self._is_served(snapshot):
             return target
@@ -54,29 +55,44 @@ class NodeDevices:
         """Whether the directory shows the daemon's EROFS of now, or one without a daemon.
 
         A daemon that lost its superblock, with supervisor and block server killed at once, mounts
-        anew: what was shown from the old one has errors for ever.
+        anew: what was shown from the old one has errors for ever. While either lives, somebody
+        listens. One without a daemon is no single file, which may be wanted.
         """
         target = self._target(snapshot)
         shown = _file_system(target)
         if shown in (None, _file_system(target.parent)):
             return False
         if shown == _file_system(self._places.tree(digest_hex(snapshot))):
-            return True
+            return rpc.somebody_listens(self._places.server.block_socket)
         record = self._records.get(self._records.id_of(target))
-        return record is not None and record.direct
+        return record is not None and record.direct and not self._options.one_file
+
+    def file(self, repository: str, snapshot: Digest) -> Path | None:
+        target = Path(os.path.realpath(self.show(repository, snapshot)))
+        file = self._places.server.device(digest_hex(snapshot))
+        sources = [point.source for point in linux.mount_points() if point.target == target]
+        return file if sources and sources[-1] == str(file) else None
 
     def _mount(self, repository: str, snapshot: Digest, target: Path) -> None:
         options = self._options
-        if _file_system(target) not in (None, _file_system(target.parent)):
-            _log.warning("%s lost its block server; showing it anew", snapshot)
-            client.unmount(target, options.run_dir, options.cache_dir, lazy=True)
-        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        # First: it also takes away what a daemon that died altogether has left.
         ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota)
+        if _file_system(target) not in (None, _file_system(target.parent)):
+            _log.warning("%s is not served as it should be; showing it anew", snapshot)
+            self._hide(target)
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         client.mount_by_daemon(
             replace(options, reference=snapshot, target=target),
             self._source_of(repository, snapshot),
         )
         _log.info("%s of %s is shown on %s", snapshot, repository, target)
+
+    def _hide(self, target: Path) -> None:
+        """Takes away what containers may still have beneath them: their overlays keep it."""
+        try:
+            client.unmount(target, self._options.run_dir, self._options.cache_dir, lazy=True)
+        except NotFound:  # somebody deleted the run directory
+            attach.unmount(target, lazy=True)
 
     def release(self, snapshot: Digest) -> None:
         target = self._target(snapshot)
@@ -84,10 +100,14 @@ class NodeDevices:
             try:
                 client.unmount(target, self._options.run_dir, self._options.cache_dir)
             except NotFound:
-                _log.info("%s was not shown any more", snapshot)
-            for path in (target, target.parent):
-                if path.is_dir():
-                    path.rmdir()
+                _log.info("%s was not shown any more, or by nobody we know", snapshot)
+                attach.unmount(target)
+            try:
+                for path in (target, target.parent):
+                    if path.is_dir():
+                        path.rmdir()
+            except OSError as error:  # something else was mounted or put there
+                raise Busy(f"{error.filename}: {error.strerror}") from error
 
     def shown(self) -> Iterator[Digest]:
         """What was shown and not released, also before a restart of the machine."""

@@ -3,6 +3,7 @@
     snapshots/<id>/fs, work     of the row <id>; work only for writable ones
     snapshots/new-…             being made, for a row that does not exist yet
     removed/…                   of no row any more; deleted when there is time
+    unpacking/, converting/     scratch of the process that runs; discarded when one starts
 
 A directory gets its number inside the transaction that adds its row, and is moved to `removed`
 after the one that takes it, so a row without a directory never exists; a directory without a row
@@ -24,6 +25,8 @@ from imgsnap.snapshotter.rows import Usage
 
 SNAPSHOTS = "snapshots"
 REMOVED = "removed"
+UNPACKING = "unpacking"
+CONVERTING = "converting"
 _FORBIDDEN = re.compile(r'[,:\\"\s]')
 _NEW = "new-"
 _log = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Directories:
                 f"{str(root)!r} cannot be a snapshotter's directory: overlayfs could not name it",
                 hint="an absolute path without blanks, commas, colons, quotes and backslashes",
             )
+        self._root = root
         self._snapshots = root / SNAPSHOTS
         self._removed = root / REMOVED
         self._emptying = threading.Lock()
@@ -99,6 +103,11 @@ class Directories:
             if not (path.name.isdigit() and int(path.name) in used):
                 _log.info("removing %s, which no snapshot uses", path)
                 self.discard(path)
+
+    def discard_scratch(self) -> None:
+        """Discards what a killed process was decompressing; before anything is unpacked."""
+        for name in (UNPACKING, CONVERTING):
+            self.discard(self._root / name)
 
     def empty_removed(self) -> None:
         """Deletes what was discarded. What cannot be deleted is logged and stays."""

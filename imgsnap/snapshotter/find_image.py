@@ -90,12 +90,12 @@ class Finder:
         return None
 
     def remember(self, image: RegistryLocation, manifest: Digest, found: ImageSnapshot) -> None:
-        """An image's snapshot is known from elsewhere: it was converted or pulled here.
+        """An image's snapshot is known: it was found, converted or pulled here.
 
         Raises OSError.
         """
-        self._catalogue.store(repository_name(image), manifest, found)
         self._nothing.forget((repository_name(image), manifest))
+        self._catalogue.store(repository_name(image), manifest, found)
 
     def opened(self, image: ImageSnapshot) -> None:
         """See `ImageFinder.opened`. Clients that send no image reference get the snapshot from
@@ -146,14 +146,15 @@ class Finder:
         if key in self._nothing or not self._trusts(image):
             return None
         try:
-            return self._flights.run(key, lambda: self._look_up(image, manifest))
+            return self._flights.run(key, lambda: self.look_up(image, manifest))
         except Unavailable:
             # Also when time was up: the layers that follow do not wait once more.
             self._nothing.add(key, self._limits.unavailable_ttl_s)
             raise
 
-    def _look_up(self, image: RegistryLocation, manifest: Digest) -> ImageSnapshot | None:
-        """Asks the registry, and records what it says: the last asker may have gone."""
+    def look_up(self, image: RegistryLocation, manifest: Digest) -> ImageSnapshot | None:
+        """Asks the registry, whomever that is, and remembers what it says: `find` believes it if
+        the repository is trusted. Raises ImgsnapError, Unavailable when it did not tell."""
         name = repository_name(image)
         try:
             with closing(self._open_repository(image)) as repository:
@@ -168,10 +169,9 @@ class Finder:
             self._nothing.add((name, manifest), self._limits.none_ttl_s)
             return None
         try:
-            self._catalogue.store(name, manifest, found)
+            self.remember(image, manifest, found)
         except OSError as error:  # a full disk costs look-ups only
             _log.warning("the catalogue cannot be written: %s", error)
-        self._nothing.forget((name, manifest))
         return found
 
 

@@ -203,8 +203,9 @@ def _errors() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         text = f"ledger: {error}"
-        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+        code = getattr(error, "sqlite_errorcode", None)  # none when it was closed, for example
+        if code == sqlite3.SQLITE_FULL:
             raise ResourceExhausted(text) from error
-        if error.sqlite_errorcode in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             raise IntegrityError(text) from error
         raise ImgsnapError(text) from error

@@ -15,6 +15,7 @@ from imgsnap.oci.reference import RegistryLocation
 from imgsnap.oci.repository import Repository
 from imgsnap.snapshotter.catalogue import Catalogue
 from imgsnap.snapshotter.devices import NodeDevices
+from imgsnap.snapshotter.directories import UNPACKING
 from imgsnap.snapshotter.find_image import Finder
 from imgsnap.snapshotter.image_labels import repository_name
 from imgsnap.snapshotter.unpack_layer import Unpacker
@@ -32,7 +33,9 @@ class NodeSettings:
     environ: Mapping[str, str]
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
     read: ReadOptions = field(default_factory=ReadOptions)
-    trust: tuple[str, ...] = ()  # patterns of repositories; see `trusted`
+    trust: tuple[str, ...] = ()  # patterns of repositories; see `matches`
+    convert: tuple[str, ...] = ()  # the same: whose images are converted on first use
+    one_file: bool = False  # as MountOptions.one_file
 
     def open(self, location: RegistryLocation) -> Repository:
         """The caller closes it. Raises what `open_repository` raises."""
@@ -54,7 +57,7 @@ def finder(settings: NodeSettings) -> Finder:
     """Finds by labels, catalogue and registry. Raises what opening the node cache raises."""
     return Finder(
         settings.open,
-        lambda location: trusted(settings.trust, location),
+        lambda location: matches(settings.trust, location),
         Catalogue(settings.root),
         NodeCache(settings.cache_dir, quota=settings.cache_quota),
     )
@@ -68,14 +71,15 @@ def devices(settings: NodeSettings) -> NodeDevices:
         cache_dir=settings.cache_dir,
         read=settings.read,
         cache_quota=settings.cache_quota,
+        one_file=settings.one_file,
     )
     return NodeDevices(settings.root, options, settings.source)
 
 
 def unpacker(settings: NodeSettings) -> Unpacker:
-    return Unpacker(settings.open, settings.root / "unpacking")
+    return Unpacker(settings.open, settings.root / UNPACKING)
 
 
-def trusted(patterns: Sequence[str], location: RegistryLocation) -> bool:
+def matches(patterns: Sequence[str], location: RegistryLocation) -> bool:
     """Whether a pattern as the shell's matches ``registry/repository``; ``*`` takes slashes too."""
     return any(fnmatchcase(repository_name(location), pattern) for pattern in patterns)

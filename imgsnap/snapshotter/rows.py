@@ -10,6 +10,9 @@ from imgsnap.digest import Digest
 from imgsnap.errors import ImgsnapError, IntegrityError
 from imgsnap.snapshotter.seams import ImageLayer
 
+STATES = ("active", "view", "layer", "placeholder", "device")
+"""What `Row.state` may be."""
+
 
 class WrongState(ImgsnapError):
     """The containerd snapshot is not in the state that the call needs (FAILED_PRECONDITION)."""
@@ -80,7 +83,7 @@ class Row:
 
     @property
     def state(self) -> str:
-        """For people: active, view, layer, placeholder or device."""
+        """One of STATES, for people."""
         if self.kind is not Kind.COMMITTED:
             return self.kind.name.lower()
         if self.device is not None:

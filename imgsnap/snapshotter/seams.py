@@ -1,11 +1,12 @@
 """What the snapshotter's core needs from others: who finds, who shows and who unpacks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from imgsnap.digest import Digest
+from imgsnap.oci.reference import RegistryLocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +51,35 @@ class ImageFinder(Protocol):
         """What `find` gave for these labels is not there, or broken: not to be given again soon."""
 
 
+OnUse = Callable[[Mapping[str, str]], None]
+"""Hears the labels of an ordinary image's top layer when a container is made of it. Must not wait,
+nor raise."""
+
+LookUp = Callable[[RegistryLocation, Digest], ImageSnapshot | None]
+"""Asks an image's registry now for a snapshot of it. Raises ImgsnapError."""
+
+
+class ConvertImage(Protocol):
+    """Makes snapshots of images."""
+
+    def convert(self, image: RegistryLocation, manifest: Digest) -> None:
+        """Publishes the snapshot of the image with this manifest in its repository; may take an
+        hour. Raises ImgsnapError, Unavailable where trying again may help, and OSError."""
+
+    def stop(self) -> None:
+        """The conversion under way ends with an error soon, and so do all that follow."""
+
+
 class Devices(Protocol):
     """Mounts snapshots on this node, each once."""
 
     def show(self, repository: str, snapshot: Digest) -> Path:
         """The directory where the snapshot's EROFS is mounted; opens, verifies and mounts it if
         need be. Raises ImgsnapError."""
+
+    def file(self, repository: str, snapshot: Digest) -> Path | None:
+        """The one file below what `show` shows, for others to mount as EROFS; None where the
+        kernel takes no files, or the snapshot is in several. Raises as `show`."""
 
     def release(self, snapshot: Digest) -> None:
         """No row needs it any more. Raises Busy while in use: asked again at the next Cleanup."""

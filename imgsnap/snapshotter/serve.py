@@ -7,7 +7,8 @@ import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -17,11 +18,16 @@ from imgsnap.containerd.api.services.snapshots.v1.snapshots_pb2_grpc import (
 )
 from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, start_at
 from imgsnap.errors import Busy
+from imgsnap.node.metrics_http import MetricsServer
 from imgsnap.node.systemd import notify
 from imgsnap.snapshotter.claims import Claims
+from imgsnap.snapshotter.counters import Counters
 from imgsnap.snapshotter.directories import Directories
+from imgsnap.snapshotter.first_use import FirstUse
 from imgsnap.snapshotter.image_service import ImageService, start_image_service
 from imgsnap.snapshotter.ledger import Ledger
+from imgsnap.snapshotter.metrics import SnapshotterObserver
+from imgsnap.snapshotter.mount_forms import MountForm
 from imgsnap.snapshotter.seams import Devices, ImageFinder, LayerUnpacker
 from imgsnap.snapshotter.service import SnapshotsService
 from imgsnap.snapshotter.snapshots import Snapshots
@@ -34,26 +40,39 @@ STOP_GRACE_S = 10.0
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a snapshotter is made of; without a finder and devices all images are ordinary."""
+
+    finder: ImageFinder | None = None
+    devices: Devices | None = None
+    unpacker: LayerUnpacker | None = None
+    form: MountForm = MountForm.OVERLAY
+    first_use: FirstUse | None = None
+    counters: Counters = field(default_factory=Counters)
+
+
 def serve(
     root: Path,
     address: Path,
+    parts: Parts,
     *,
-    finder: ImageFinder | None = None,
-    devices: Devices | None = None,
-    unpacker: LayerUnpacker | None = None,
     image_service: ImageService | None = None,
+    metrics: str | None = None,
 ) -> int:
     """Serves the snapshots in `root` at the socket `address` until SIGTERM or SIGINT.
 
-    Without a finder and devices every image is an ordinary one. With an image service that is
-    served too, for credentials. To be called in the main thread.
-    Raises Busy when another process serves `root`.
+    With an image service that is served too, for credentials. `metrics` is an address and port to
+    serve them on. To be called in the main thread.
+    Raises Busy when another process serves `root`, and what MetricsServer raises.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with opened(root, finder=finder, devices=devices, unpacker=unpacker) as snapshots:
-        servers = [start_server(snapshots, address)]
+    with opened(root, parts) as snapshots:
+        if metrics:
+            MetricsServer(metrics, _observer(snapshots, parts)).start()
+        servers = [start_server(snapshots, address, parts.counters)]
         _log.info("serving %s at %s", root, address)
         if image_service is not None:
             servers.append(start_image_service(image_service))
@@ -69,41 +88,43 @@ def serve(
     return 0
 
 
+def _observer(snapshots: Snapshots, parts: Parts) -> SnapshotterObserver:
+    waiting = parts.first_use.waiting if parts.first_use else lambda: 0
+    return SnapshotterObserver(snapshots, parts.counters, parts.devices, waiting)
+
+
 @contextmanager
-def opened(
-    root: Path,
-    *,
-    finder: ImageFinder | None = None,
-    devices: Devices | None = None,
-    unpacker: LayerUnpacker | None = None,
-) -> Iterator[Snapshots]:
+def opened(root: Path, parts: Parts | None = None) -> Iterator[Snapshots]:
     """The snapshots in `root`, recovered, and closed in the end; one process at a time.
 
     Raises Busy, and what opening the ledger raises.
     """
-    with _owned(root):
-        ledger = Ledger.open(root)
-        try:
-            directories = Directories(root)
-            claims = Claims(ledger, directories, finder, devices, unpacker)
-            snapshots = Snapshots(ledger, directories, claims)
-            snapshots.recover()
-            try:
-                yield snapshots
-            finally:
-                snapshots.close()
-        finally:
-            ledger.close()
+    parts = parts or Parts()
+    with _owned(root), closing(Ledger.open(root)) as ledger, ExitStack() as stack:
+        directories, first_use = Directories(root), parts.first_use
+        claims = Claims(
+            ledger, directories, parts.finder, parts.devices, parts.unpacker, parts.counters
+        )
+        on_use = first_use.used if first_use else None
+        snapshots = Snapshots(ledger, directories, claims, parts.form, on_use)
+        snapshots.recover()
+        stack.callback(snapshots.close)
+        if first_use is not None:
+            first_use.start()
+            stack.callback(first_use.close)
+        yield snapshots
 
 
-def start_server(snapshots: Snapshots, address: Path) -> grpc.Server:
+def start_server(
+    snapshots: Snapshots, address: Path, counters: Counters | None = None
+) -> grpc.Server:
     """A running server at the socket `address`. Raises InvalidArgument; see `start_at`."""
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="rpc"),
         options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.so_reuseport", 0)],
     )
     waiting = ThreadPoolExecutor(WAITING_THREADS, thread_name_prefix="waiting-rpc")
-    add_SnapshotsServicer_to_server(SnapshotsService(snapshots, waiting), server)
+    add_SnapshotsServicer_to_server(SnapshotsService(snapshots, waiting, counters), server)
     start_at(server, address)  # `root` is locked, so nobody else answers there
     return server
 

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +26,7 @@ from imgsnap.errors import (
     Unavailable,
     Unsupported,
 )
+from imgsnap.snapshotter.counters import Counters
 from imgsnap.snapshotter.mount_forms import Mount
 from imgsnap.snapshotter.rows import Row, WrongState
 from imgsnap.snapshotter.snapshots import Snapshots
@@ -52,10 +54,16 @@ _Result = TypeVar("_Result")
 class SnapshotsService(stubs.SnapshotsServicer):
     """Called by gRPC's threads."""
 
-    def __init__(self, snapshots: Snapshots, waiting: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        snapshots: Snapshots,
+        waiting: ThreadPoolExecutor,
+        counters: Counters | None = None,
+    ) -> None:
         """`waiting` runs the calls that may wait for a registry: however many do, the others are
         answered. Commit above all, which containerd makes inside its global transaction."""
         self._snapshots = snapshots
+        self._counters = counters or Counters()
         for name in MAY_WAIT:
             call = partial(getattr(self, name))
             call.experimental_thread_pool = waiting  # type: ignore[attr-defined]
@@ -63,67 +71,69 @@ class SnapshotsService(stubs.SnapshotsServicer):
 
     def Prepare(self, request: Any, context: Any) -> Any:  # noqa: N802
         made = self._run(
-            context, lambda s: s.prepare(request.key, request.parent, dict(request.labels))
+            "Prepare",
+            context,
+            lambda s: s.prepare(request.key, request.parent, dict(request.labels)),
         )
         return messages.PrepareSnapshotResponse(mounts=_mounts(made))
 
     def View(self, request: Any, context: Any) -> Any:  # noqa: N802
         made = self._run(
-            context, lambda s: s.view(request.key, request.parent, dict(request.labels))
+            "View", context, lambda s: s.view(request.key, request.parent, dict(request.labels))
         )
         return messages.ViewSnapshotResponse(mounts=_mounts(made))
 
     def Mounts(self, request: Any, context: Any) -> Any:  # noqa: N802
-        found = self._run(context, lambda s: s.mounts(request.key))
+        found = self._run("Mounts", context, lambda s: s.mounts(request.key))
         return messages.MountsResponse(mounts=_mounts(found))
 
     def Commit(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._run(
+            "Commit",
             context,
             lambda s: s.commit(request.name, request.key, dict(request.labels), request.parent),
         )
         return empty_pb2.Empty()
 
     def Remove(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._run(context, lambda s: s.remove(request.key))
+        self._run("Remove", context, lambda s: s.remove(request.key))
         return empty_pb2.Empty()
 
     def Stat(self, request: Any, context: Any) -> Any:  # noqa: N802
-        row = self._run(context, lambda s: s.stat(request.key))
+        row = self._run("Stat", context, lambda s: s.stat(request.key))
         return messages.StatSnapshotResponse(info=_info(row))
 
     def Update(self, request: Any, context: Any) -> Any:  # noqa: N802
         info, paths = request.info, tuple(request.update_mask.paths)
-        row = self._run(context, lambda s: s.update(info.name, dict(info.labels), paths))
+        row = self._run("Update", context, lambda s: s.update(info.name, dict(info.labels), paths))
         return messages.UpdateSnapshotResponse(info=_info(row))
 
     def List(self, request: Any, context: Any) -> Iterator[Any]:  # noqa: N802
-        rows = self._run(context, lambda s: s.list(tuple(request.filters)))
+        rows = self._run("List", context, lambda s: s.list(tuple(request.filters)))
         for start in range(0, len(rows), LIST_BATCH):
             batch = rows[start : start + LIST_BATCH]
             yield messages.ListSnapshotsResponse(info=[_info(row) for row in batch])
 
     def Usage(self, request: Any, context: Any) -> Any:  # noqa: N802
-        usage = self._run(context, lambda s: s.usage(request.key))
+        usage = self._run("Usage", context, lambda s: s.usage(request.key))
         return messages.UsageResponse(size=usage.size, inodes=usage.inodes)
 
     def Cleanup(self, request: Any, context: Any) -> Any:  # noqa: N802
-        self._run(context, lambda s: s.cleanup())
+        self._run("Cleanup", context, lambda s: s.cleanup())
         return empty_pb2.Empty()
 
-    def _run(self, context: Any, call: Callable[[Snapshots], _Result]) -> _Result:
+    def _run(self, method: str, context: Any, call: Callable[[Snapshots], _Result]) -> _Result:
         """The call's result; what it raises ends the RPC with a status containerd understands."""
+        began, code = time.monotonic(), grpc.StatusCode.OK
         try:
             return call(self._snapshots)
-        except ImgsnapError as error:
-            _fail(context, _code(error), error)
-        except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            code = grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.INTERNAL
-            _fail(context, code, error)
         except Exception as error:
-            _log.exception("a defect")
-            _fail(context, grpc.StatusCode.INTERNAL, error)
+            code = _code(error)
+            if not isinstance(error, ImgsnapError | OSError):
+                _log.exception("a defect")
+            _fail(context, code, error)
+        finally:
+            self._counters.rpc(method, code.name, time.monotonic() - began)
 
 
 def _fail(context: Any, code: grpc.StatusCode, error: Exception) -> NoReturn:
@@ -133,7 +143,12 @@ def _fail(context: Any, code: grpc.StatusCode, error: Exception) -> NoReturn:
     raise AssertionError("abort raises")
 
 
-def _code(error: ImgsnapError) -> grpc.StatusCode:
+def _code(error: Exception) -> grpc.StatusCode:
+    if isinstance(error, OSError):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return grpc.StatusCode.RESOURCE_EXHAUSTED if full else grpc.StatusCode.INTERNAL
+    if not isinstance(error, ImgsnapError):
+        return grpc.StatusCode.INTERNAL
     for kind, code in _CODES:
         if isinstance(error, kind):
             return code

@@ -20,25 +20,38 @@ from imgsnap.snapshotter.directories import Directories, take_over
 from imgsnap.snapshotter.filters import parse_filters
 from imgsnap.snapshotter.labels import TARGET, check_labels, check_name, mapped_root
 from imgsnap.snapshotter.ledger import Ledger
-from imgsnap.snapshotter.mount_forms import Mount
+from imgsnap.snapshotter.mount_forms import Mount, MountForm
 from imgsnap.snapshotter.rows import Kind, Row, Usage, WrongState
+from imgsnap.snapshotter.seams import OnUse
 
 _log = logging.getLogger(__name__)
 _LABEL_PATH = "labels."
+_EXTRACTION = "extract-"
+"""Begins the name that clients of containerd give to what they extract a layer into."""
 
 
 class Snapshots:
     """The ten calls. Safe for threads. All raise ImgsnapError."""
 
-    def __init__(self, ledger: Ledger, directories: Directories, claims: Claims) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        directories: Directories,
+        claims: Claims,
+        form: MountForm = MountForm.OVERLAY,
+        on_use: OnUse | None = None,
+    ) -> None:
         self._ledger = ledger
         self._directories = directories
         self._claims = claims
+        self._mount_form = form
+        self._on_use = on_use
         self._background = ThreadPoolExecutor(1, thread_name_prefix="snapshots")
 
     def recover(self) -> None:
         """Finishes what a killed process began. Before the first call, and once."""
         rows = self._ledger.scan()
+        self._directories.discard_scratch()
         self._directories.discard_unused({row.id for row in rows if row.has_directory})
         present = self._directories.numbers()
         for row in rows:
@@ -66,7 +79,10 @@ class Snapshots:
             claimed = self._claims.claim(parent, labels)
             if claimed is not None:
                 raise AlreadyExists(f"snapshot {labels[TARGET]} is {claimed.name!r}")
-        return self._create(Kind.ACTIVE, key, parent, labels)
+        made = self._create(Kind.ACTIVE, key, parent, labels)
+        if parent and not _is_extraction(key, labels):
+            self._note_use(parent)
+        return made
 
     def view(self, key: str, parent: str, labels: Mapping[str, str]) -> list[Mount]:
         """A read-only snapshot of `parent`."""
@@ -78,6 +94,7 @@ class Snapshots:
         lowers = self._claims.lowers(parent) if parent else ()
         now = time.time_ns()
         row = Row(0, key, parent, kind, now, now, _without_empty(labels))
+        file = self._file(row)  # may fail: before there is a row
         place = self._directories.create(writable=kind is Kind.ACTIVE)
         try:
             _set_owner(place / "fs", root, lowers)
@@ -89,7 +106,12 @@ class Snapshots:
         except BaseException:
             self._directories.discard(place)
             raise
-        return self._form(row, lowers)
+        return self._form(row, lowers, file)
+
+    def _note_use(self, parent: str) -> None:
+        top = self._ledger.find(parent) if self._on_use else None
+        if self._on_use and top is not None and top.claim is None:
+            self._on_use(top.labels)
 
     def _may_create(self, key: str, parent: str) -> int | None:
         """The id of the parent. Raises AlreadyExists, NotFound, InvalidArgument."""
@@ -103,13 +125,25 @@ class Snapshots:
         row = self._ledger.get(key)
         if row.kind is Kind.COMMITTED:
             raise WrongState(f"snapshot {key!r} is committed, it is not mounted itself")
-        return self._form(row, self._claims.lowers(row.parent) if row.parent else ())
+        lowers = self._claims.lowers(row.parent) if row.parent else ()
+        return self._form(row, lowers, self._file(row))
 
-    def _form(self, row: Row, lowers: tuple[Path, ...]) -> list[Mount]:
-        tree = self._directories.fs(row.id)
+    def _form(self, row: Row, lowers: tuple[Path, ...], file: Path | None) -> list[Mount]:
+        tree, work = self._directories.fs(row.id), self._directories.work(row.id)
         if row.kind is Kind.VIEW:
-            return mount_forms.read_only(lowers, tree)
-        return mount_forms.writable(lowers, tree, self._directories.work(row.id))
+            return [mount_forms.erofs(file)] if file else mount_forms.read_only(lowers, tree)
+        if file is not None:
+            return mount_forms.managed(file, tree, work)
+        return mount_forms.writable(lowers, tree, work)
+
+    def _file(self, row: Row) -> Path | None:
+        """What is mounted as EROFS by others: never beneath a layer that is being extracted."""
+        form = self._mount_form
+        if form is MountForm.OVERLAY or not row.parent or _is_extraction(row.name, row.labels):
+            return None
+        if form is MountForm.EROFS and row.kind is not Kind.VIEW:
+            return None
+        return self._claims.file(row.parent)
 
     # Changing --------------------------------------------------------------------------------
 
@@ -203,6 +237,11 @@ class Snapshots:
         """Deletes what removed snapshots left and releases devices; cheap when there is nothing."""
         self._claims.release_unused()
         self._directories.empty_removed()
+
+
+def _is_extraction(key: str, labels: Mapping[str, str]) -> bool:
+    """Whether a layer is extracted into the snapshot, not a container run from it."""
+    return TARGET in labels or key.rpartition("/")[2].startswith(_EXTRACTION)
 
 
 def _without_empty(labels: Mapping[str, str]) -> dict[str, str]:

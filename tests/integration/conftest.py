@@ -9,6 +9,10 @@ import pytest
 
 from tests.support.cli import Cli
 from tests.support.docker_registry import DockerRegistry, running_registry
+from tests.support.image_builder import collect, image
+from tests.support.installed import HTTP
+from tests.support.samples import program_tar
+from tests.support.tars import Item, layer_tar
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +37,17 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Iterator[Cli]:
-    command = Cli(tmp_path / "cli")
+    yield from _clean_cli(tmp_path / "cli")
+
+
+@pytest.fixture
+def other_cli(tmp_path: Path) -> Iterator[Cli]:
+    """Another node's."""
+    yield from _clean_cli(tmp_path / "other")
+
+
+def _clean_cli(root: Path) -> Iterator[Cli]:
+    command = Cli(root)
     yield command
     left = command.leftovers()
     if left:
@@ -41,3 +55,12 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
         for pid in command.processes():
             os.kill(pid, signal.SIGKILL)
     assert left == []
+
+
+@pytest.fixture
+def fast(cli: Cli, own_registry: DockerRegistry, name: str) -> str:
+    """A converted image, of a program and /app."""
+    app = layer_tar([Item(b"app", content=b"the app\n")])
+    found = own_registry.put(name, collect(image(program_tar(), app), "1.0"))
+    cli.convert(found, f"{found}-fast", HTTP, "--as", "image")
+    return f"{found}-fast"

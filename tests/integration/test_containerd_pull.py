@@ -19,7 +19,7 @@ from imgsnap.snapshotter import labels as names
 from imgsnap.snapshotter.catalogue import Catalogue
 from imgsnap.snapshotter.find_image import Finder
 from imgsnap.snapshotter.seams import ImageLayer, ImageSnapshot
-from imgsnap.snapshotter.serve import opened, start_server
+from imgsnap.snapshotter.serve import Parts, opened, start_server
 from tests.support.cli import Cli
 from tests.support.containerd import VERSIONS, Containerd, release, running_containerd
 from tests.support.docker_registry import DockerRegistry
@@ -44,14 +44,17 @@ class Shown:
         self.asked.append(dict(labels))
         return self.snapshot if labels.get(names.MANIFEST_DIGEST) == self.manifest else None
 
-    def opened(self, found: ImageSnapshot) -> None:
+    def opened(self, image: ImageSnapshot) -> None:
         pass
 
     def gone(self, labels: Mapping[str, str]) -> None:
-        raise AssertionError("every snapshot is there")
+        raise AssertionError("its snapshot is there")
 
     def show(self, repository: str, snapshot: Digest) -> Path:
         return self.tree
+
+    def file(self, repository: str, snapshot: Digest) -> Path | None:
+        return None
 
     def release(self, snapshot: Digest) -> None:
         pass
@@ -81,7 +84,7 @@ class Shown:
 def shown(tmp_path: Path, cli: Cli) -> Iterator[Shown]:
     """A running snapshotter."""
     shown = Shown(tmp_path / "tree")
-    with opened(tmp_path / "snapshotter", finder=shown, devices=shown) as snapshots:
+    with opened(tmp_path / "snapshotter", Parts(finder=shown, devices=shown)) as snapshots:
         server = start_server(snapshots, cli.run_dir / "s")
         try:
             yield shown
@@ -237,7 +240,7 @@ def test_found_by_the_finder(
         Catalogue(tmp_path / "known"),
         NodeCache(tmp_path / "cache"),
     )
-    with opened(tmp_path / "rows", finder=finder, devices=shown) as snapshots:
+    with opened(tmp_path / "rows", Parts(finder=finder, devices=shown)) as snapshots:
         server = start_server(snapshots, cli.run_dir / "s")
         try:
             with with_plugin(cli, series) as containerd:

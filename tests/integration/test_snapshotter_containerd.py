@@ -251,7 +251,7 @@ def test_a_converted_image_and_an_ordinary_one_on_its_base(
             {manifest: [layer.tar for layer in app.layers]},
             [],
         )
-        with serve.opened(root / "state", finder=parts, devices=parts, unpacker=parts) as snapshots:
+        with serve.opened(root / "state", serve.Parts(parts, parts, parts)) as snapshots:
             server = serve.start_server(snapshots, root / "s.sock")
             try:
                 _converted(series, registry, references, root / "s.sock", parts, snapshots)

@@ -99,9 +99,7 @@ def node(series: str, cli: Cli, registry: DockerRegistry) -> Iterator[Node]:
         )
         unpacker = Unpacker(opened, root / "work")
         try:
-            with serve.opened(
-                root / "state", finder=finder, devices=devices, unpacker=unpacker
-            ) as snapshots:
+            with serve.opened(root / "state", serve.Parts(finder, devices, unpacker)) as snapshots:
                 server = serve.start_server(snapshots, root / "s.sock")
                 try:
                     with running_containerd(

@@ -1,100 +1,25 @@
 """`imgsnap snapshotter run` as it is installed: containerd above it, the node daemon beneath."""
 
-import contextlib
 import hashlib
-import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from imgsnap.snapshotter.ledger import Ledger
 from tests.support.cli import Cli
-from tests.support.containerd import VERSIONS, Containerd, fresh_id, release, running_containerd
+from tests.support.containerd import VERSIONS, fresh_id, release, running_containerd
 from tests.support.cri import cri
 from tests.support.docker_registry import DockerRegistry
 from tests.support.image_builder import collect, image, sha256
-from tests.support.node import Node, wait_for
+from tests.support.installed import BUSYBOX, HTTP, NAME, ours, reached, run
+from tests.support.node import wait_for
 from tests.support.samples import noise, program_tar
 from tests.support.tars import Item, layer_tar
 
 pytestmark = [pytest.mark.root, pytest.mark.registry]
-NAME, HTTP, BUSYBOX = "imgsnap", "--plain-http", "/bin/busybox"
 SIZE, FILES = 400_000, 12
 DATA = [Item(f"data/f{n:02}".encode(), content=noise(SIZE, n)) for n in range(FILES)]
 APP = [Item(b"app", content=b"the app\n")]
 OTHER = [Item(b"other", content=b"the other\n")]
-
-
-@dataclass
-class Ours:
-    """The snapshotter's process; its node daemon is `node`."""
-
-    cli: Cli
-    work: Path
-    options: tuple[str, ...] = ()
-    process: subprocess.Popen | None = None
-
-    @property
-    def socket(self) -> Path:
-        return self.work / "s.sock"
-
-    @property
-    def node(self) -> Node:
-        return Node(self.cli)
-
-    def start(self) -> None:
-        where = ("--root", self.work / "state", "--address", self.socket)
-        command = (sys.executable, "-m", "imgsnap_cli", "-v", "snapshotter", "run", *where, HTTP)
-        with (self.work / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*map(str, command), *self.options],
-                env=self.cli.environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-            )
-        wait_for(self.socket.exists, "the snapshotter's socket")
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.socket.unlink(missing_ok=True)
-
-    def states(self) -> list[str]:
-        with contextlib.closing(Ledger.read(self.work / "state")) as ledger:
-            return [str(row.state) for row in ledger.scan()]
-
-    def shown(self) -> list[str]:
-        devices = self.work / "state" / "devices"
-        return [path.name for path in devices.iterdir()] if devices.is_dir() else []
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait(30)
-        for path in (self.work / "state" / "devices").glob("*/fs"):
-            self.cli.any("umount", "--lazy", path)
-        self.cli.any("daemon", "stop", "--force")
-
-
-@contextlib.contextmanager
-def ours(cli: Cli, *options: str) -> Iterator[Ours]:
-    with tempfile.TemporaryDirectory(prefix="imgsnap-s-") as work:
-        running = Ours(cli, Path(work), options)
-        try:
-            running.start()
-            yield running
-        except BaseException:
-            print((running.work / "log").read_text(), file=sys.stderr)
-            raise
-        finally:
-            running.end()
 
 
 @pytest.fixture
@@ -105,17 +30,6 @@ def reference(cli: Cli, own_registry: DockerRegistry, name: str) -> str:
     cli.convert(found, f"{found}-snap", HTTP)
     cli.convert(found, f"{found}-fast", HTTP, "--as", "image")
     return found
-
-
-def run(containerd: Containerd, reference: str, command: str) -> str:
-    """What a shell command prints; ctr sometimes copies nothing, so the end is marked."""
-    for _ in range(5):
-        marked = f"{command}; echo -n .end."
-        arguments = (reference, BUSYBOX, "sh", "-c", marked)
-        out = containerd.run(*arguments, snapshotter=NAME, namespace="k8s.io")
-        if out.endswith(".end."):
-            return out.removesuffix(".end.")
-    raise AssertionError(f"no whole output of {command!r}: {out!r}")
 
 
 @pytest.mark.parametrize("series", VERSIONS)
@@ -186,8 +100,7 @@ def test_kills_disturb_no_container(cli: Cli, own_registry: DockerRegistry, refe
         assert digest(3) == expected[3]
         found = cli("explain", one, "--format", "json").json
         assert found["reads"] > 0 and Path(found["target"]).parents[1] == it.work / "state/devices"
-        asked = [*containerd.ctr_command("k8s.io"), "snapshots", "--snapshotter", NAME, "usage"]
-        wait_for(lambda: not subprocess.run(asked, capture_output=True).returncode, "containerd")
+        wait_for(lambda: reached(containerd), "containerd's next attempt to connect")
         second = run(containerd, fast, "cat /app")  # starts another control process
         assert second == "the app\n"
         containerd.ctr("tasks", "kill", "--signal", "9", one, namespace="k8s.io")

@@ -39,6 +39,7 @@ class DockerRegistry:
     auth: bool = False
     certificate: tuple[Path, Path] | None = None  # certificate and key: speak TLS
     port: int = 0
+    read_only: bool = False
     _process: subprocess.Popen[bytes] | None = None
     _marks: int = 0
     _read: int = field(default=0)
@@ -57,7 +58,7 @@ class DockerRegistry:
 
     def start(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         config = self.root / "config.json"  # YAML is a superset of JSON
         config.write_text(json.dumps(self._config()))
         with self.log.open("ab") as log:
@@ -94,7 +95,10 @@ class DockerRegistry:
             "storage": {
                 "filesystem": {"rootdirectory": str(self.storage)},
                 "delete": {"enabled": True},
-                "maintenance": {"uploadpurging": {"enabled": False}},
+                "maintenance": {
+                    "uploadpurging": {"enabled": False},
+                    "readonly": {"enabled": self.read_only},
+                },
             },
             "http": http,
         }
@@ -197,7 +201,7 @@ def _is_manifest(data: bytes) -> bool:
     return "mediaType" in json.loads(data)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from imgsnap.mount.process import ProcessId
+from imgsnap.node.devices import DEVICE_ALIGNMENT
 from imgsnap.node.session import mount_snapshot, unmount
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions
+from imgsnap.units import align_up
 from tests.support.kills import KillRun
 from tests.support.memory_repository import MemoryRepository
 from tests.support.snapshots import build_snapshot, erofs_image, make_tree
@@ -31,9 +33,8 @@ def kill_site(
         options, Source("store:unused", Path("/nonexistent")), lambda source: repository
     )
     try:
-        run = KillRun(
-            Path(record.device), built.device, (tree, target), record.server_dir / "block.sock"
-        )
+        padded = built.device.ljust(align_up(len(built.device), DEVICE_ALIGNMENT), b"\0")
+        run = KillRun(Path(record.device), padded, (tree, target), record.server_dir / "block.sock")
         yield run, record.server
     finally:
         unmount(target, root / "run")

@@ -65,6 +65,7 @@ class DirectoryDevices:
     missing: set[Digest] = field(default_factory=set)
     deleted: set[Digest] = field(default_factory=set)
     busy: set[Digest] = field(default_factory=set)
+    split: set[Digest] = field(default_factory=set)  # not in one file
 
     def _path(self, snapshot: Digest) -> Path:
         return self.root / snapshot[7:]
@@ -78,6 +79,9 @@ class DirectoryDevices:
         path.mkdir(parents=True, exist_ok=True)
         (path / "device").write_text(snapshot)
         return path
+
+    def file(self, repository: str, snapshot: Digest) -> Path | None:
+        return None if snapshot in self.split else self.show(repository, snapshot) / "device"
 
     def release(self, snapshot: Digest) -> None:
         if snapshot in self.busy:

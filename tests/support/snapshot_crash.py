@@ -20,7 +20,7 @@ from imgsnap.errors import AlreadyExists, NotFound
 from imgsnap.snapshotter import snapshots as snapshots_module
 from imgsnap.snapshotter.ledger import Ledger
 from imgsnap.snapshotter.report import check_root
-from imgsnap.snapshotter.serve import opened
+from imgsnap.snapshotter.serve import Parts, opened
 from imgsnap.snapshotter.snapshots import Snapshots
 from tests.support.remote_parts import (
     DirectoryDevices,
@@ -72,12 +72,8 @@ class _Now:
 
 @contextmanager
 def snapshotter(root: Path):
-    parts = {
-        "finder": Images([APP]),
-        "devices": DirectoryDevices(root / "devices"),
-        "unpacker": OneFileLayers(),
-    }
-    with opened(root, **parts) as running:
+    parts = Parts(Images([APP]), DirectoryDevices(root / "devices"), OneFileLayers())
+    with opened(root, parts) as running:
         yield running
 
 

@@ -40,7 +40,8 @@ def test_every_variable_is_described():
     values = {name: f"/{name}" for name in variables}
     settings = Settings.make(values)
     places = (settings.store, settings.cache, settings.run, settings.hosts)
-    texts = (settings.cache_quota, settings.metrics)
+    patterns = (*settings.trust, *settings.convert)
+    texts = (settings.cache_quota, settings.metrics, settings.snapshotter_metrics, *patterns)
     assert set(map(str, places + texts)) == set(values.values())
 
 

@@ -136,6 +136,11 @@ ALL = {
     "registrySecret": "node-registry",
     "cacheQuota": "20GiB",
     "metricsPort": "0",
+    "snapshotterMetricsPort": "0",
+    "trust[0]": "registry.example/*",
+    "convert[0]": "registry.example/team/*",
+    "mountForm": "erofs",
+    "oneFile": "true",
     "image.tag": "1.2.3",
     "imagePullSecrets[0].name": "pull",
 }
@@ -148,6 +153,8 @@ def test_the_chart_with_everything_switched():
     text = yaml.safe_dump_all(found)
     assert "--image-service=/run/imgsnap/image-service.sock" in text
     assert "registry.example/imgsnap:1.2.3" in text and "--metrics" not in text
+    assert "--trust=registry.example/*" in text and "--one-file" in text
+    assert "--convert=registry.example/team/*" in text and "--mount-form=erofs" in text
     assert "node-registry" in text and "20GiB" in text
 
 

@@ -1,8 +1,6 @@
 """Metrics: the text is what the format says, and docs/metrics.md says what is in it."""
 
 import os
-import re
-from pathlib import Path
 
 import pytest
 
@@ -13,9 +11,8 @@ from imgsnap.errors import InvalidArgument
 from imgsnap.node.metrics import FAMILIES, HOSTS_MAX, SNAPSHOTS_MAX, NodeState, render
 from imgsnap.node.metrics_http import parse_address
 from imgsnap.node.process_usage import process_usage
+from tests.support import metrics_docs
 from tests.support.metrics_text import parse_metrics
-
-PAGE = (Path(__file__).parents[3] / "docs/metrics.md").read_text()
 
 
 def statistics(**changes) -> dict:
@@ -56,23 +53,7 @@ def full() -> NodeState:
 
 
 def test_the_page_and_what_is_rendered_are_the_same():
-    rows = re.findall(
-        r"^\| `(imgsnap_\w+)` \| (\w+) \| ([^|]+) \| ([^|]+) \| [^|]+ \| (stable|experimental) \|$",
-        PAGE,
-        re.M,
-    )
-    documented = {
-        name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, _, labels, _ in rows
-    }
-    assert len(rows) == len(documented) == PAGE.count("\n| `imgsnap_")
-    metrics = parse_metrics(render(full()))
-    rendered = {name: (kind, metrics.labels_of(name)) for name, kind in metrics.types.items()}
-    assert rendered == documented
-    assert list(documented) == [family.name for family in FAMILIES]
-    for name, kind, unit, _, _ in rows:
-        assert (kind == "counter") == name.endswith("_total"), name
-        assert ("bytes" in name) == (unit == "bytes"), name
-        assert ("seconds" in name) == (unit == "seconds"), name
+    metrics_docs.check(metrics_docs.section(), render(full()), FAMILIES)
 
 
 def test_values():

@@ -1,5 +1,7 @@
 """Remote snapshots: claimed, stacked upon, materialised, shared, released."""
 
+import contextlib
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,11 +10,21 @@ from pathlib import Path
 import pytest
 
 from imgsnap.digest import Digest
-from imgsnap.errors import AlreadyExists, Unavailable, Unsupported
+from imgsnap.errors import (
+    AlreadyExists,
+    Busy,
+    ImgsnapError,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
+from imgsnap.snapshotter.claims import Claims
 from imgsnap.snapshotter.labels import TARGET
+from imgsnap.snapshotter.mount_forms import Mount, MountForm
 from imgsnap.snapshotter.report import check_root
-from imgsnap.snapshotter.rows import Row
+from imgsnap.snapshotter.rows import Row, WrongState
 from imgsnap.snapshotter.seams import ImageSnapshot
+from imgsnap.snapshotter.snapshots import Snapshots
 from tests.support.remote_parts import image_of, labels_of, layer_file
 from tests.unit.snapshotter.conftest import APP, Core
 
@@ -66,6 +78,11 @@ def lowers(core: Core, key: str) -> list[str]:
                     names.append(next(child.name for child in Path(path).iterdir()))
     assert row.parent
     return names
+
+
+def with_form(core: Core, form: MountForm) -> Core:
+    claims = Claims(core.ledger, core.directories, core.images, core.devices, core.layers)
+    return replace(core, snapshots=Snapshots(core.ledger, core.directories, claims, form))
 
 
 def states(rows: list[Row]) -> list[str]:
@@ -321,3 +338,168 @@ def test_a_snapshot_claimed_from_a_label_of_any_digest(core: Core):
     stub = replace(APP, digest=Digest("sha256:" + "1" * 64))
     core.images.images = [stub]
     assert asked(core, "n/1/x", "", labels_of(APP, 0)) is None
+
+
+def test_a_row_of_the_same_name_gets_nothing_that_was_fetched_for_its_forerunner(core: Core):
+    """containerd was restarted while a layer was fetched, removed the row and claimed it again."""
+    (row, *_) = pull(core, APP)
+    unpack = core.layers.unpack
+
+    def unpack_while_it_is_claimed_again(*arguments) -> None:
+        unpack(*arguments)
+        for name in [row.name for row in reversed(core.snapshots.list([]))]:
+            core.snapshots.remove(name)
+        core.layers.unpack = unpack
+        (again, *_) = pull(core, APP)
+        assert again.name == row.name and again.id != row.id
+
+    core.layers.unpack = unpack_while_it_is_claimed_again
+    with pytest.raises(ImgsnapError):
+        core.snapshots.prepare("container", row.name, {})
+    assert core.snapshots.stat(row.name).state == "placeholder"
+    assert not check_root(core.root).problems
+    core.snapshots.prepare("container", row.name, {})
+    assert lowers(core, "container") == [layer_file(APP.layers[0])]
+
+
+def test_a_disk_that_takes_no_device_means_the_fallback(core: Core, monkeypatch):
+    def full(*arguments) -> Path:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(core.devices, "show", full)
+    assert states(pull(core, APP)) == ["layer"] * 3
+
+
+def test_a_collection_goes_on_when_a_device_cannot_be_released(core: Core, monkeypatch):
+    """containerd's stops at the first error of ours."""
+    for row in reversed(pull(core, APP)):
+        core.snapshots.remove(row.name)
+
+    def stuck(snapshot: Digest) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(core.devices, "release", stuck)
+    core.snapshots.cleanup()
+    assert list(core.devices.shown()) == [APP.digest]
+    monkeypatch.undo()
+    core.snapshots.cleanup()
+    assert not list(core.devices.shown())
+
+
+# Mount forms ---------------------------------------------------------------------------------
+
+
+def device_file(core: Core) -> str:
+    return str(core.root / "devices" / APP.digest[7:] / "device")
+
+
+def view_of_erofs(core: Core) -> list[Mount]:
+    return [Mount("erofs", device_file(core), ("ro",))]
+
+
+def test_the_overlay_form_names_no_file(core: Core):
+    top = pull(core, APP)[-1].name
+    (view,) = core.snapshots.view("view", top, {})
+    (container,) = core.snapshots.prepare("container", top, {})
+    assert (view.type, container.type) == ("bind", "overlay")
+
+
+def test_the_erofs_form_gives_views_the_file_and_containers_an_overlay(core: Core):
+    core = with_form(core, MountForm.EROFS)
+    top = pull(core, APP)[-1].name
+    assert core.snapshots.view("view", top, {}) == view_of_erofs(core)
+    assert core.snapshots.mounts("view") == view_of_erofs(core)
+    (container,) = core.snapshots.prepare("container", top, {})
+    assert container.type == "overlay"
+
+
+def test_the_manager_form_is_a_file_and_an_overlay_on_it(core: Core):
+    """Of this form there is only what containerd 2.2's sources say: none could be run here."""
+    core = with_form(core, MountForm.MANAGER)
+    top = pull(core, APP)[-1].name
+    lower, overlay = core.snapshots.prepare("container", top, {})
+    assert [lower] == view_of_erofs(core) == core.snapshots.view("view", top, {})
+    assert (overlay.type, overlay.source) == ("format/mkdir/overlay", "overlay")
+    own = core.root / "snapshots" / str(core.snapshots.stat("container").id)
+    options = [option for option in overlay.options if option != "index=off"]
+    assert options == [f"workdir={own}/work", f"upperdir={own}/fs", "lowerdir={{ mount 0 }}"]
+    assert core.snapshots.mounts("container") == [lower, overlay]
+
+
+@pytest.mark.parametrize("form", [MountForm.EROFS, MountForm.MANAGER])
+def test_what_is_not_one_file_alone_is_an_overlay(core: Core, form: MountForm):
+    core = with_form(core, form)
+    top = pull(core, APP)[-1].name
+    # a layer is extracted by who knows no mount manager; both ways to tell one
+    for key, labels in (
+        ("k8s.io/7/extract-1 sha256:aa", {}),
+        ("x", {TARGET: "sha256:" + "a" * 64}),
+    ):
+        (extraction,) = core.snapshots.prepare(key, top, labels)
+        assert extraction.type == "overlay"
+    core.snapshots.commit("on-top", "x", {})
+    (stacked,) = core.snapshots.prepare("stacked", "on-top", {})
+    (seen,) = core.snapshots.view("seen", "on-top", {})
+    (bottom,) = core.snapshots.view("bottom", "", {})
+    assert (stacked.type, seen.type, bottom.type) == ("overlay", "overlay", "bind")
+    core.devices.split.add(APP.digest)
+    (view,) = core.snapshots.view("view", top, {})
+    (container,) = core.snapshots.prepare("container", top, {})
+    assert (view.type, container.type) == ("bind", "overlay")
+
+
+def test_a_file_that_cannot_be_had_leaves_no_row(core: Core, monkeypatch):
+    core = with_form(core, MountForm.MANAGER)
+    top = pull(core, APP)[-1].name
+
+    def away(*arguments) -> Path:
+        raise Unavailable("the daemon is away")
+
+    monkeypatch.setattr(core.devices, "file", away)
+    with pytest.raises(Unavailable):
+        core.snapshots.prepare("container", top, {})
+    assert "container" not in [row.name for row in core.snapshots.list([])]
+
+
+# Races ---------------------------------------------------------------------------------------
+
+_GONE_MEANWHILE = (NotFound, WrongState, Busy, AlreadyExists, IndexError)  # the last is `asked`'s
+
+
+def test_claims_containers_removals_and_cleanups_at_once(core: Core):
+    """Whoever was given a container's mounts has the device beneath it as long as it is there."""
+    end, without = threading.Event(), []
+
+    def client(number: int) -> None:
+        for turn in range(25):
+            key = f"container-{number}-{turn}"
+            with contextlib.suppress(*_GONE_MEANWHILE):
+                top = pull(core, APP, f"n/{number}-{turn}")[-1].name
+                core.snapshots.prepare(key, top, {})
+                (mount,) = core.snapshots.mounts(key)
+                device = Path(mount.options[-1].partition("=")[2]) / "device"
+                if core.snapshots.stat(top).device and not device.exists():
+                    without.append(device)
+                core.snapshots.remove(key)
+            for row in reversed(core.snapshots.list([])):
+                with contextlib.suppress(*_GONE_MEANWHILE):
+                    core.snapshots.remove(row.name)
+
+    def collect() -> None:
+        while not end.is_set():
+            core.snapshots.cleanup()
+
+    with ThreadPoolExecutor(4) as pool:
+        collecting = pool.submit(collect)
+        clients = [pool.submit(client, number) for number in range(3)]
+        try:
+            for done in clients:
+                done.result(120)
+        finally:
+            end.set()
+        collecting.result(20)
+    assert without == []
+    for row in reversed(core.snapshots.list([])):
+        core.snapshots.remove(row.name)
+    core.snapshots.cleanup()
+    assert not list(core.devices.shown()) and not check_root(core.root).problems

@@ -121,6 +121,19 @@ def test_what_a_killed_process_did_not_measure_is_measured(root: Path):
         assert snapshots.stat("c").usage == Usage(snapshots.usage("c").size, 1)
 
 
+def test_what_a_killed_process_was_decompressing_is_deleted(root: Path):
+    for name in ("unpacking/layer-1", "converting/tmp1/imgsnap-convert-2"):
+        (root / name).mkdir(parents=True)
+        (root / name / "tar").write_bytes(b"x" * 4096)
+    with serve.opened(root) as snapshots:
+        snapshots._background.submit(lambda: None).result(60)  # it comes after the deleting
+        assert sorted(path.name for path in root.iterdir() if path.is_dir()) == [
+            "removed",
+            "snapshots",
+        ]
+        assert not list((root / "removed").iterdir())
+
+
 def test_a_lost_directory_is_an_error_and_never_an_empty_layer(core: Core):
     core.snapshots.prepare("a", "", {})
     core.snapshots.commit("c", "a", {})
