@@ -209,7 +209,7 @@ def _size(option: str, text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise InvalidArgument(f"{option}: {error}") from error
+        raise InvalidArgument(f"{option}: {error}", hint="for example 1GiB") from error
 
 
 def _say(text: str) -> None:

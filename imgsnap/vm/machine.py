@@ -24,8 +24,10 @@ from typing import IO, Self
 from imgsnap.errors import InvalidArgument, OutOfTime, Unavailable
 from imgsnap.vm.qemu import Boot, Hardware, command_line
 
-BOOT_LIMIT_S = 180.0
-"""From the start of QEMU to the mounted root; under emulation on a busy host it takes 10 s."""
+START_LIMIT_S = 90.0
+"""From the start of QEMU to the guest's init; under emulation on a busy host it takes 10 s."""
+READY_LIMIT_S = 180.0
+"""From there to the mounted root: as long as a registry may take over it."""
 SCRIPT_MAX = 2048
 """Bytes of one script: the guest's side of the line has a buffer of 4096."""
 _LOG_MAX = 64 << 10
@@ -100,11 +102,11 @@ class Machine:
         self._control.close()
         self._errors.close()
 
-    def wait_started(self, limit_s: float = BOOT_LIMIT_S) -> None:
+    def wait_started(self, limit_s: float = START_LIMIT_S) -> None:
         """Returns when the guest's kernel is up. Raises GuestStopped, also for the time."""
         self._expect("started", limit_s)
 
-    def wait_ready(self, limit_s: float = BOOT_LIMIT_S) -> None:
+    def wait_ready(self, limit_s: float = READY_LIMIT_S) -> None:
         """Returns when the guest's root is mounted, after `wait_started`. Raises GuestStopped, also
         for the time."""
         self._expect("ready", limit_s)
