@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,7 +150,7 @@ class _Run:
             line.mark("attached")
             disk, digest = Path(attached["path"]), attached["manifest_digest"]
             command = self._command(stack, disk, digest, cmd)
-            status = run.run(tools, wanted, disk, command, state, _say, line)
+            status = run.run(tools, wanted, disk, command, state, _say, line, _print)
             if trace is not None:
                 from imgsnap.node.client import trace_of_attachment
 
@@ -210,6 +211,11 @@ def _size(option: str, text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise InvalidArgument(f"{option}: {error}", hint="for example 1GiB") from error
+
+
+def _print(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def _say(text: str) -> None:

@@ -22,7 +22,7 @@ from imgsnap.units import MIB
 from imgsnap.vm import initramfs, kvm
 from imgsnap.vm.kernel import BASE, NETWORK, SCRATCH, GuestKernel, find_kernel
 from imgsnap.vm.launcher import launcher
-from imgsnap.vm.machine import GuestStopped, Machine
+from imgsnap.vm.machine import GuestStopped, Machine, Output
 from imgsnap.vm.network import TAP, Network, guest_network
 from imgsnap.vm.qemu import Accelerator, Boot, Drive, Hardware
 
@@ -68,6 +68,10 @@ class TimeLine:
 
     began: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Now."""
+        self.began = time.monotonic()
 
     def mark(self, what: str) -> None:
         self.seconds.setdefault(what, round(time.monotonic() - self.began, 4))
@@ -145,11 +149,12 @@ def run(
     state: Path,
     say: Say,
     line: TimeLine,
+    output: Output,
 ) -> int:
     """Boots a guest from `disk` and runs the command in it; its exit status. `line` is told when
     what happened.
 
-    The command's output goes to standard output; standard input is its terminal if it has one.
+    What the command prints goes to `output`; a command with a terminal has standard input's.
     Raises GuestStopped, OutOfTime, OSError, and what building the network raises.
     """
     with ExitStack() as stack:
@@ -164,7 +169,7 @@ def run(
         machine = _start(stack, tools, hardware, boot, prefix, state, say, line)
         machine.wait_ready()
         line.mark("ready")
-        return _command(machine, command, _left(wanted, line), line)
+        return _command(machine, command, _left(wanted, line), line, output)
 
 
 def _left(wanted: Wanted, line: TimeLine) -> float | None:
@@ -229,21 +234,20 @@ def _start(
     return machine
 
 
-def _command(machine: Machine, command: Command, limit_s: float | None, line: TimeLine) -> int:
-    out = sys.stdout.buffer
-
-    def output(data: bytes) -> None:
+def _command(
+    machine: Machine, command: Command, limit_s: float | None, line: TimeLine, output: Output
+) -> int:
+    def printed(data: bytes) -> None:
         line.mark("output")
-        out.write(data)
-        out.flush()
+        output(data)
 
     if command.terminal:
         rows, columns = _window()
         script = f"stty sane rows {rows} cols {columns}; exec /{_LAUNCH}"
         with _raw_terminal():
-            status = machine.run(script, output, keyboard=sys.stdin.fileno(), limit_s=limit_s)
+            status = machine.run(script, printed, keyboard=sys.stdin.fileno(), limit_s=limit_s)
     else:
-        status = machine.run(f"exec /{_LAUNCH} </dev/null", output, limit_s=limit_s)
+        status = machine.run(f"exec /{_LAUNCH} </dev/null", printed, limit_s=limit_s)
     line.mark("ended")
     return status
 
