@@ -278,7 +278,8 @@ def test_a_killed_run_is_cleaned_up_by_the_next(vm: Vm, remote: str) -> None:
 
 
 def test_the_time_can_be_limited(vm: Vm, remote: str) -> None:
-    result = vm.run(HTTP, "--timeout", "12", remote, *shell("sleep 1000"))
+    refused(vm.run(HTTP, "--timeout", "0.5", remote), 124, hint=False)
+    result = vm.run(HTTP, "--timeout", "15", remote, *shell("echo up; sleep 1000"))
     refused(result, 124, hint=False)
     assert vm.left() == []
 
