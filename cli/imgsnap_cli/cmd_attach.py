@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from imgsnap_cli.attached import as_json
 from imgsnap_cli.output import print_json
 from imgsnap_cli.places import (
     Places,
@@ -17,6 +18,9 @@ from imgsnap_cli.places import (
 )
 from imgsnap_cli.settings import Settings
 
+VMMS = ("qemu", "qemu-microvm", "firecracker", "firecracker-pmem", "cloud-hypervisor", "kata")
+"""As `imgsnap.vm.formats.FORMATS` has them."""
+
 
 @click.command(short_help="Attach a snapshot as a block source for VMs")
 @click.argument("ref")
@@ -26,10 +30,10 @@ from imgsnap_cli.settings import Settings
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(["path", "json"]),
+    type=click.Choice(["path", "json", *VMMS]),
     default="path",
     show_default=True,
-    help="What to print",
+    help="What to print: a VMM's name for its options or API's JSON",
 )
 @registry_flags
 @click.pass_obj
@@ -54,15 +58,11 @@ def command(
     places = Places(settings, flags)
     read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate)
     found = attach(*places.mount_arguments(ref, Path("/"), platform, False, read)[:2])
-    if format_ == "path":
+    if format_ in VMMS:
+        from imgsnap.vm.formats import FORMATS
+
+        click.echo(FORMATS[format_](Path(found["path"])))
+    elif format_ == "path":
         click.echo(found["path"])
     else:
-        print_json(
-            {
-                "id": found["id"],
-                "path": found["path"],
-                "size": found["device_size"],
-                "repository": found["repository"],
-                "digest": found["manifest_digest"],
-            }
-        )
+        print_json(as_json(found))

@@ -1,13 +1,9 @@
 """imgsnap detach"""
 
-from pathlib import Path
-
 import click
 
-from imgsnap.errors import InvalidArgument, NotFound
+from imgsnap_cli.attached import find_attached
 from imgsnap_cli.settings import Settings
-
-ID_PREFIX_MIN = 6
 
 
 @click.command(short_help="Detach what was attached")
@@ -21,18 +17,4 @@ def command(settings: Settings, /, name: str, lazy: bool) -> None:
     """
     from imgsnap.node.client import daemon_call
 
-    attached = [item for item in daemon_call(settings.run, "attachments") if item["attached"]]
-    digits = name.removeprefix("sha256:")
-    found = [
-        item["id"]
-        for item in attached
-        if item["path"] == str(Path(name).absolute())
-        or (len(digits) >= ID_PREFIX_MIN and item["id"].startswith(digits))
-    ]
-    if len(found) > 1:
-        raise InvalidArgument(
-            f"{name} is the beginning of {len(found)} ids", hint="give more of it"
-        )
-    if not found:
-        raise NotFound(f"{name} is not attached", hint="list what is: imgsnap attachments")
-    daemon_call(settings.run, "detach", id=found[0], lazy=lazy)
+    daemon_call(settings.run, "detach", id=find_attached(settings, name)["id"], lazy=lazy)

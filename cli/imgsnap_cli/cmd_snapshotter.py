@@ -1,6 +1,7 @@
 """imgsnap snapshotter"""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +9,20 @@ import click
 
 from imgsnap.units import format_size
 from imgsnap_cli.output import format_option, print_json, print_table
+from imgsnap_cli.places import (
+    Places,
+    boot_pack_names,
+    quota,
+    reading,
+    reading_flags,
+    registry_flags,
+)
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
+    from imgsnap.blockstore.read_options import ReadOptions
     from imgsnap.snapshotter.image_service import ImageService
+    from imgsnap.snapshotter.parts import NodeSettings
     from imgsnap.snapshotter.rows import Row
 
 root_option = click.option(
@@ -38,6 +49,14 @@ def command() -> None:
 )
 @click.option("--image-service", metavar="SOCKET", help="Pass CRI's image calls to containerd here")
 @click.option("--containerd", metavar="SOCKET", help="Of --image-service [CONTAINERD_ADDRESS]")
+@click.option(
+    "--trust",
+    metavar="PATTERN",
+    multiple=True,
+    help="Repositories whose snapshots of ordinary images are used [IMGSNAP_TRUST]",
+)
+@reading_flags
+@registry_flags
 @click.pass_obj
 def run(
     settings: Settings,
@@ -46,19 +65,64 @@ def run(
     address: str | None,
     image_service: str | None,
     containerd: str | None,
+    trust: tuple[str, ...],
+    prefetch: str,
+    prefetch_rate: str | None,
+    **flags: Any,
 ) -> int:
     """Answer containerd until SIGTERM. Containers do not notice when it ends or is killed.
+
+    Images converted with `--as image` run from their snapshots. An ordinary image does if its own
+    repository offers a snapshot of it and a --trust pattern ('*', 'registry.example/*') matches
+    the repository: a snapshot's publisher says what the image's layers hold, for all images that
+    share them. Any other image is unpacked as with overlayfs.
+
+    Snapshots are shown by the node daemon, which is started if none runs, and stays.
 
     With --image-service the credentials of pulls are kept for later reads, if the kubelet's
     --image-service-endpoint is that socket.
 
     Says when it is ready where systemd asks for it (Type=notify).
     """
+    from imgsnap.snapshotter import parts
     from imgsnap.snapshotter.serve import serve
 
+    read = reading(boot_pack_names(None), prefetch, prefetch_rate)
+    node = _node(settings, Path(root).absolute(), flags, read, trust)
     socket = Path(address) if address else settings.run / "snapshotter.sock"
     images = _image_service(settings, image_service, containerd) if image_service else None
-    return serve(Path(root).absolute(), socket.absolute(), image_service=images)
+    return serve(
+        node.root,
+        socket.absolute(),
+        finder=parts.finder(node),
+        devices=parts.devices(node),
+        unpacker=parts.unpacker(node),
+        image_service=images,
+    )
+
+
+def _node(
+    settings: Settings,
+    root: Path,
+    flags: dict[str, Any],
+    read: "ReadOptions",
+    trust: tuple[str, ...],
+) -> "NodeSettings":
+    from imgsnap.snapshotter import credentials
+    from imgsnap.snapshotter.parts import NodeSettings
+
+    registry = Places(settings, flags).registry_options()
+    return NodeSettings(
+        root=root,
+        run_dir=settings.run,
+        cache_dir=settings.cache,
+        store=settings.store,
+        registry=replace(registry, pod_credentials=settings.run / credentials.FILE_NAME),
+        environ=settings.environ,
+        cache_quota=quota(settings),
+        read=read,
+        trust=trust or tuple(settings.environ.get("IMGSNAP_TRUST", "").split()),
+    )
 
 
 def _image_service(settings: Settings, address: str, containerd: str | None) -> "ImageService":

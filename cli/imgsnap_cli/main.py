@@ -29,6 +29,7 @@ COMMANDS = {
     "explain": "Show what a mounted snapshot's reads waited for",
     "files": "List the files of a snapshot",
     "gc": "Delete snapshots and layers that no tag leads to",
+    "info": "Show an attached snapshot and who uses it",
     "inspect": "Show what a snapshot is made of",
     "ls": "List snapshots in the local store or a repository",
     "mount": "Mount a snapshot on a directory",

@@ -172,13 +172,13 @@ class Places:
 
         return open_repository(
             location,
-            self._registry_options(),
+            self.registry_options(),
             store=self._settings.store,
             environ=self._settings.environ,
             create=create,
         )
 
-    def _registry_options(self) -> "RegistryOptions":
+    def registry_options(self) -> "RegistryOptions":
         """The registry flags as the library has them. Raises InvalidArgument."""
         from imgsnap.oci.locate import RegistryOptions, parse_headers
 
@@ -232,7 +232,7 @@ class Places:
         source = Source(
             _lasting(location),
             self._settings.store,
-            self._registry_options(),
+            self.registry_options(),
             Source.kept_environ(self._settings.environ),
         )
         return options, source, lambda found: found.open(self._settings.environ)

@@ -19,7 +19,7 @@ READ_AHEAD_LOCAL_KB = 1024
 """The kernel's readahead on the device file, fixed when EROFS opens it. While chunks have to be
 fetched its guesses cost network: with 1 MiB a cold Python start fetched 12 % more in no less time.
 When all bytes are local it saves requests: sequential reads are 1.4 times as fast as with 128."""
-BUSY_RETRIES = 60
+BUSY_RETRIES = 120
 BUSY_WAIT_S = 0.05
 """The kernel closes the file below an unmounted EROFS a moment after umount returns."""
 

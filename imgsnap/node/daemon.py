@@ -138,7 +138,6 @@ def _start(program: list[str], socket: Path) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         start_new_session=True,
-        preexec_fn=_unblock,
     )
     deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -152,10 +151,6 @@ def _start(program: list[str], socket: Path) -> None:
         else:
             return
     raise Unavailable(f"{program[2]} does not answer")
-
-
-def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
 
 
 def ensure_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> None:
@@ -259,6 +254,7 @@ def main(arguments: list[str]) -> int:
     """`python -m imgsnap.node.daemon RUN CACHE [QUOTA]`, for `ensure_daemon`."""
     run_dir, cache_dir = map(Path, arguments[:2])
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who started us may have blocked some
     try:
         return run_daemon(run_dir, cache_dir, int(arguments[2]) if arguments[2:] else None)
     except (ImgsnapError, OSError) as error:

@@ -289,6 +289,7 @@ def main(arguments: list[str]) -> int:
         preload()
         return 0
     run_dir, cache_dir = map(Path, arguments[:2])
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who started us may have blocked some
     try:
         return run_supervisor(run_dir, cache_dir, int(arguments[2]) if arguments[2:] else None)
     except (ImgsnapError, OSError) as error:

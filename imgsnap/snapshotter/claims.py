@@ -12,7 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from imgsnap.digest import Digest
-from imgsnap.errors import Busy, ImgsnapError, InvalidArgument, Unsupported
+from imgsnap.errors import (
+    Busy,
+    ImgsnapError,
+    IntegrityError,
+    InvalidArgument,
+    NotFound,
+    Unsupported,
+)
 from imgsnap.snapshotter.directories import Directories
 from imgsnap.snapshotter.labels import TARGET, digest_label
 from imgsnap.snapshotter.ledger import Ledger
@@ -82,7 +89,7 @@ class Claims:
     def _show_and_claim(
         self, image: ImageSnapshot, index: int, parent: str, labels: Mapping[str, str]
     ) -> Row | None:
-        if self._devices is None:
+        if self._devices is None or self._finder is None:
             return None
         device = image.digest if index == len(image.layers) - 1 else None
         # a device is not released between being shown and being in a row
@@ -91,7 +98,10 @@ class Claims:
                 self._devices.show(image.repository, image.digest)
             except ImgsnapError as error:
                 _log.warning("not claimed: %s of %s: %s", image.digest, image.repository, error)
+                if isinstance(error, NotFound | IntegrityError):
+                    self._finder.gone(labels)
                 return None
+            self._finder.opened(image)
             return self._write(Claim(image.repository, image.layers[index], device), parent, labels)
 
     def _write(self, claim: Claim, parent: str, labels: Mapping[str, str]) -> Row:
@@ -121,17 +131,18 @@ class Claims:
             rows.append(row)
             if row.device is not None:
                 break  # it is the content of all beneath as well
-        found: list[Path] = []
+        found: tuple[Path, ...] = ()
         for row in reversed(rows):  # a layer is unpacked with a view of those beneath it
-            found.insert(0, self._place(row, found))
-        return tuple(found)
+            found = self._stack(row, found)
+        return found
 
-    def _place(self, row: Row, lowers: Sequence[Path]) -> Path:
-        if row.device is not None:
-            return self._show(row, row.device)
+    def _stack(self, row: Row, lowers: tuple[Path, ...]) -> tuple[Path, ...]:
+        """The directories from `row` down, given those beneath it."""
         if row.is_placeholder:
-            self._materialise(row, lowers)
-        return self._directories.fs(row.id)
+            row = self._materialised(row, lowers)
+        if row.device is not None:
+            return (self._show(row, row.device),)
+        return (self._directories.fs(row.id), *lowers)
 
     def _show(self, row: Row, device: Digest) -> Path:
         if self._devices is None or row.claim is None:
@@ -140,12 +151,13 @@ class Claims:
             )
         return self._devices.show(row.claim.repository, device)
 
-    def _materialise(self, row: Row, lowers: Sequence[Path]) -> None:
-        """Fetches the layer of a placeholder; who comes second waits for the first."""
+    def _materialised(self, row: Row, lowers: Sequence[Path]) -> Row:
+        """A placeholder after its layer was fetched; who comes second waits for the first."""
         with self._locks.hold(row.id):
             now = self._ledger.get(row.name)
             if now.is_placeholder and now.claim is not None:
                 self._unpack(now, now.claim, lowers)
+        return self._ledger.get(row.name)
 
     def _unpack(self, row: Row, claim: Claim, lowers: Sequence[Path]) -> None:
         if self._unpacker is None:
@@ -157,13 +169,14 @@ class Claims:
             self._directories.sync(place)  # nobody would look at these bytes again
             with self._ledger.change() as changes:
                 now = self._ledger.get(row.name)
-                if now.claim != claim:
-                    raise Busy(f"snapshot {row.name!r} changed meanwhile; try again")
-                place = self._directories.settle(place, row.id)
-                changes.update(replace(now, claim=replace(claim, materialised=True)))
+                if now.claim == claim:  # or it has become a device, and these bytes are in vain
+                    place = self._directories.settle(place, row.id)
+                    changes.update(replace(now, claim=replace(claim, materialised=True)))
+                    return
         except BaseException:
             self._directories.discard(place)
             raise
+        self._directories.discard(place)
 
     # Releasing -------------------------------------------------------------------------------
 
@@ -172,8 +185,8 @@ class Claims:
         if self._devices is None:
             return
         for snapshot in list(self._devices.shown()):
-            with self._locks.hold(snapshot):
-                if self._ledger.uses_device(snapshot):
+            with self._locks.attempt(snapshot) as mine:  # or it is being claimed, and needed
+                if not mine or self._ledger.uses_device(snapshot):
                     continue
                 try:
                     self._devices.release(snapshot)

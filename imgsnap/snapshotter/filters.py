@@ -41,7 +41,7 @@ _ESCAPE = re.compile(
     re.DOTALL,
 )
 _LETTERS = {"a": 7, "b": 8, "f": 12, "n": 10, "r": 13, "t": 9, "v": 11}
-_GROUP_OR_REPEAT = re.compile(r"\.|([()])|([*+?{])", re.DOTALL)
+_GROUP_OR_REPEAT = re.compile(r"\\.|([()])|([*+?{])", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,10 +97,24 @@ class Finder:
         self._catalogue.store(repository_name(image), manifest, found)
         self._nothing.forget((repository_name(image), manifest))
 
-    def opened(self, found: ImageSnapshot) -> None:
-        """The snapshot was opened from its repository: clients that send no image reference get it
-        from there. Raises OSError."""
-        self._catalogue.store_place(found)
+    def opened(self, image: ImageSnapshot) -> None:
+        """See `ImageFinder.opened`. Clients that send no image reference get the snapshot from
+        this repository from now on."""
+        try:
+            self._catalogue.store_place(image)
+        except OSError as error:
+            _log.warning("the catalogue cannot be written: %s", error)
+
+    def gone(self, labels: Mapping[str, str]) -> None:
+        """See `ImageFinder.gone`. A newer snapshot is found once the negative answer is old."""
+        try:
+            asked = parse_image_labels(labels)
+        except ImgsnapError:
+            return
+        if asked.image is not None and asked.manifest is not None:
+            key = repository_name(asked.image), asked.manifest
+            self._catalogue.forget(*key)
+            self._nothing.add(key, self._limits.none_ttl_s)
 
     def _of_stub(self, asked: ImageLabels, snapshot: Digest) -> ImageSnapshot:
         """Of a converted image: asks nobody, because the stub is a function of the digest.

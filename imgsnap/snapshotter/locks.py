@@ -15,12 +15,27 @@ class KeyedLocks:
     @contextmanager
     def hold(self, key: Hashable) -> Iterator[None]:
         """Waits until nobody else holds `key`."""
+        with self._lock(key) as lock, lock:
+            yield
+
+    @contextmanager
+    def attempt(self, key: Hashable) -> Iterator[bool]:
+        """Does not wait; whether `key` is held in the block."""
+        with self._lock(key) as lock:
+            held = lock.acquire(blocking=False)
+            try:
+                yield held
+            finally:
+                if held:
+                    lock.release()
+
+    @contextmanager
+    def _lock(self, key: Hashable) -> Iterator[threading.Lock]:
         with self._guard:
             lock, users = self._locks.get(key, (threading.Lock(), 0))
             self._locks[key] = lock, users + 1
         try:
-            with lock:
-                yield
+            yield lock
         finally:
             with self._guard:
                 lock, users = self._locks.pop(key)

@@ -43,6 +43,12 @@ class ImageFinder(Protocol):
         registry say: that is logged, and the fallback is used.
         """
 
+    def opened(self, image: ImageSnapshot) -> None:
+        """What `find` gave was opened and verified: it is where it was said to be."""
+
+    def gone(self, labels: Mapping[str, str]) -> None:
+        """What `find` gave for these labels is not there, or broken: not to be given again soon."""
+
 
 class Devices(Protocol):
     """Mounts snapshots on this node, each once."""

@@ -159,6 +159,14 @@ def memory(pid: int) -> dict[str, int]:
     return {line[0][:-1]: int(line[1]) * 1024 for line in lines if line and line[0] in names}
 
 
+def proportional_memory(pid: int) -> int:
+    """Bytes of a process's memory, each page divided among those who share it (Pss)."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"error: process {pid} has no Pss")
+
+
 def drop_page_caches() -> bool:
     """Writes back and drops the machine's page cache; False without the right to."""
     os.sync()

@@ -1,4 +1,7 @@
-"""A port of containerd's core/snapshots/testsuite, whose names are here in snake case."""
+"""A port of containerd's core/snapshots/testsuite, whose names are here in snake case.
+
+CloseTwice has no counterpart: nobody closes a service through its API.
+"""
 
 import time
 from pathlib import Path

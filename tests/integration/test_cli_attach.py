@@ -1,5 +1,6 @@
 """`imgsnap attach`: a snapshot as a file for VMMs."""
 
+import json
 import os
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_detach_waits_for_nobody_and_takes_nothing_away(node: Node, cli: Cli, sn
     with open(path, "rb", buffering=0) as file:
         first = file.read(4096)
         assert str(os.getpid()) in cli.fails(10, "detach", path)
+        assert cli("info", path, "--format", "json").json["processes"] == [os.getpid()]
         cli("detach", "--lazy", path)
         assert not Path(path).exists()
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -86,3 +88,13 @@ def test_what_is_refused(node: Node, cli: Cli, snapshot):
     cli.fails(4, "attach", "store:missing")
     cli.fails(4, "detach", "0" * 64)
     cli.fails(4, "detach", "../..")
+    cli.fails(4, "info", "1234567")
+
+
+def test_without_a_daemon_one_is_started(cli: Cli, snapshot):
+    assert cli("attachments", "--format", "json").json["attachments"] == []
+    cli.fails(4, "detach", "1234567")
+    drive = json.loads(cli("attach", snapshot, "--format", "firecracker").out)
+    assert Path(drive["path_on_host"]).exists()
+    cli("detach", drive["path_on_host"])
+    cli("daemon", "stop")

@@ -44,6 +44,12 @@ class Shown:
         self.asked.append(dict(labels))
         return self.snapshot if labels.get(names.MANIFEST_DIGEST) == self.manifest else None
 
+    def opened(self, found: ImageSnapshot) -> None:
+        pass
+
+    def gone(self, labels: Mapping[str, str]) -> None:
+        raise AssertionError("every snapshot is there")
+
     def show(self, repository: str, snapshot: Digest) -> Path:
         return self.tree
 

@@ -1,19 +1,25 @@
 """Our snapshotter below a real containerd: images, containers, kills, garbage collection."""
 
+import contextlib
 import io
+import random
 import subprocess
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import pytest
 
 from imgsnap.digest import Digest
 from imgsnap.snapshotter import serve
 from imgsnap.snapshotter.labels import MANIFEST_DIGEST
+from imgsnap.snapshotter.report import check_root
 from imgsnap.snapshotter.seams import ImageLayer, ImageSnapshot
 from tests.support.containerd import (
     VERSIONS,
@@ -26,6 +32,7 @@ from tests.support.cri import cri
 from tests.support.docker_registry import DockerRegistry
 from tests.support.image_builder import Image, collect, image, sha256, write_oci_archive
 from tests.support.samples import program_tar
+from tests.support.snapshots_client import SnapshotsClient
 from tests.support.snapshotter import Snapshotter, running_snapshotter
 from tests.support.tars import Item, layer_tar
 
@@ -181,6 +188,12 @@ class Converted:
     def find(self, labels) -> ImageSnapshot | None:
         return self.images.get(labels.get(MANIFEST_DIGEST, ""))
 
+    def opened(self, image: ImageSnapshot) -> None:
+        pass
+
+    def gone(self, labels) -> None:
+        raise AssertionError("nothing is lost here")
+
     def show(self, repository: str, snapshot: Digest) -> Path:
         path = self.root / snapshot[7:]
         if not path.exists():
@@ -273,3 +286,110 @@ def _converted(series, registry, references, socket, parts, snapshots) -> None:
             calls.remove_image(references[1])
             eventually(lambda: snapshots.list([]) == [])
             eventually(lambda: not list((socket.parent / "state/snapshots").iterdir()))
+
+
+# Kills below containerd -----------------------------------------------------------------------
+
+
+@dataclass
+class Account:
+    """What one client of containerd was promised."""
+
+    name: str
+    client: SnapshotsClient
+    kinds: dict[str, str]
+    number: int = 0
+
+    def run(self, end: threading.Event, rng: random.Random) -> None:
+        """Until a call fails; what that call was about is nobody's promise any more."""
+        while not end.is_set():
+            self.number += 1
+            key = f"{self.name}-{self.number}"
+            about = [key]
+            try:
+                committed = [name for name, kind in self.kinds.items() if kind == "committed"]
+                self.client.prepare(key, rng.choice(["", *committed]))
+                self.kinds[key] = "active"
+                if rng.random() < 0.5:
+                    about = [key, f"{key}-c"]
+                    self.client.commit(f"{key}-c", key)
+                    del self.kinds[key]
+                    self.kinds[f"{key}-c"] = "committed"
+                elif rng.random() < 0.5:
+                    self.client.remove(key)
+                    del self.kinds[key]
+            except grpc.RpcError:
+                for name in about:
+                    self.kinds.pop(name, None)
+                return
+
+    def judge(self) -> None:
+        for name, kind in self.kinds.items():
+            assert self.client.stat(name).name == name
+            if kind == "active":
+                upper = self.client.mounts(name)
+                assert upper == self.client.mounts(name) and upper
+            self.client.usage(name)
+
+
+def test_kills_in_a_storm_below_containerd(ours: Snapshotter):
+    """What containerd promised is there after each kill, and its garbage collection leaves
+    nothing in the end: neither rows that containerd never heard of, nor directories."""
+    rng = random.Random(11)
+    with running_containerd(release("1.6"), snapshotter=ours.socket) as containerd:
+        client = SnapshotsClient(containerd.socket, NAME, namespace="storm")
+        accounts = [Account(f"client{n}", client, {}) for n in range(3)]
+        for _ in range(5):
+            end = threading.Event()
+            with ThreadPoolExecutor(len(accounts)) as threads:
+                done = [
+                    threads.submit(account.run, end, random.Random(rng.random()))
+                    for account in accounts
+                ]
+                time.sleep(rng.uniform(0.1, 0.6))
+                ours.kill()
+                end.set()
+                for one in done:
+                    one.result(60)
+            ours.start()
+            eventually(lambda: _reaches(client))
+            for account in accounts:
+                account.judge()
+            assert check_root(ours.root).problems == ()
+        assert sum(len(account.kinds) for account in accounts) > 20
+        for _ in range(5):
+            # containerd forgets to collect when we were away meanwhile: a removal reminds it
+            _remove_everything(client, accounts)
+            assert _reaches(client)
+            with contextlib.suppress(AssertionError):
+                eventually(lambda: ours.rows() == [] and ours.files() == [], 10)
+                break
+        assert (ours.rows(), ours.files()) == ([], [])
+        client.close()
+
+
+def _reaches(client: SnapshotsClient) -> bool:
+    """Whether containerd has connected again, which it tries every few seconds."""
+    name = f"probe-{fresh_id()}"
+    try:
+        client.prepare(name)
+        client.remove(name)
+    except grpc.RpcError:
+        return False
+    return True
+
+
+def _remove_everything(client: SnapshotsClient, accounts: list[Account]) -> None:
+    """Children, which are newer, first. containerd does not list what it has no row of ours for,
+    such as a snapshot whose Commit was done and never answered; but it knows it by its name."""
+    names = [
+        f"{account.name}-{number}{suffix}"
+        for account in accounts
+        for number in range(account.number, 0, -1)
+        for suffix in ("-c", "")
+    ]
+    for name in [*names, *(i.name for i in client.list() if i.name.startswith("probe-"))]:
+        try:
+            client.remove(name)
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.NOT_FOUND, (name, error)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from imgsnap.digest import Digest, sha256_digest
-from imgsnap.errors import Busy, ImgsnapError, Unavailable
+from imgsnap.errors import Busy, ImgsnapError, NotFound, Unavailable
 from imgsnap.snapshotter.labels import MANIFEST_DIGEST, TARGET
 from imgsnap.snapshotter.seams import ImageLayer, ImageSnapshot
 
@@ -43,6 +43,14 @@ class Images:
     """An ImageFinder."""
 
     images: list[ImageSnapshot]
+    seen: list[Digest] = field(default_factory=list)  # opened
+    lost: list[str] = field(default_factory=list)  # chainIDs of layers whose image was gone
+
+    def opened(self, image: ImageSnapshot) -> None:
+        self.seen.append(image.digest)
+
+    def gone(self, labels: Mapping[str, str]) -> None:
+        self.lost.append(labels[TARGET])
 
     def find(self, labels: Mapping[str, str]) -> ImageSnapshot | None:
         wanted = labels.get(MANIFEST_DIGEST)
@@ -55,6 +63,7 @@ class DirectoryDevices:
 
     root: Path
     missing: set[Digest] = field(default_factory=set)
+    deleted: set[Digest] = field(default_factory=set)
     busy: set[Digest] = field(default_factory=set)
 
     def _path(self, snapshot: Digest) -> Path:
@@ -63,6 +72,8 @@ class DirectoryDevices:
     def show(self, repository: str, snapshot: Digest) -> Path:
         if snapshot in self.missing:
             raise Unavailable(f"{repository} does not answer")
+        if snapshot in self.deleted:
+            raise NotFound(f"{repository} has no {snapshot}")
         path = self._path(snapshot)
         path.mkdir(parents=True, exist_ok=True)
         (path / "device").write_text(snapshot)

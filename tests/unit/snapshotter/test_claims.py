@@ -10,6 +10,7 @@ import pytest
 from imgsnap.digest import Digest
 from imgsnap.errors import AlreadyExists, Unavailable, Unsupported
 from imgsnap.snapshotter.labels import TARGET
+from imgsnap.snapshotter.report import check_root
 from imgsnap.snapshotter.rows import Row
 from imgsnap.snapshotter.seams import ImageSnapshot
 from tests.support.remote_parts import image_of, labels_of, layer_file
@@ -155,6 +156,18 @@ def test_a_device_that_cannot_be_had_means_an_ordinary_pull(core: Core):
     core.devices.missing = {APP.digest}
     assert states(pull(core, APP)) == ["layer"] * 3
     assert list(core.devices.shown()) == []
+    assert core.images.lost == [], "a registry that does not answer says nothing"
+
+
+def test_a_snapshot_that_is_gone_is_not_to_be_given_again(core: Core):
+    core.devices.deleted = {APP.digest}
+    assert states(pull(core, APP)) == ["layer"] * 3
+    assert core.images.lost[0] == APP.layers[0].chain_id and core.images.seen == []
+
+
+def test_where_a_snapshot_was_opened_is_told(core: Core):
+    pull(core, APP)
+    assert core.images.seen == [APP.digest] * 3 and core.images.lost == []
 
 
 def test_a_device_that_goes_away_halfway_still_gives_the_right_bytes(core: Core):
@@ -208,6 +221,23 @@ def test_materialising_happens_once(core: Core):
     assert {tuple(lowers(core, f"n/2/{n}")) for n in range(8)} == {(layer_file(APP.layers[0]),)}
 
 
+def test_a_placeholder_that_becomes_a_device_while_it_is_unpacked(core: Core):
+    base = image_of("base")
+    core.images.images = [APP, base]
+    row = pull(core, APP)[0]
+    unpack = core.layers.unpack
+
+    def slow(*arguments) -> None:
+        unpack(*arguments)
+        assert pull(core, base, "m/1")[0].device == base.digest
+
+    core.layers.unpack = slow  # type: ignore[method-assign]
+    core.snapshots.prepare("n/2/x", row.name, {})
+    assert lowers(core, "n/2/x") == ["device"]
+    core.snapshots.cleanup()
+    assert check_root(core.root).problems == ()
+
+
 def test_a_layer_that_cannot_be_unpacked_leaves_nothing(core: Core):
     base = pull(core, APP)[0]
     core.layers.fails = Unavailable("registry away")
@@ -258,6 +288,20 @@ def test_a_device_is_not_released_while_it_is_being_claimed(core: Core):
         assert list(core.devices.shown()) == [APP.digest]
         for row in reversed(rows):
             core.snapshots.remove(row.name)
+
+
+def test_cleanup_does_not_wait_for_a_claim(core: Core):
+    show = core.devices.show
+
+    def cleans_up(*arguments) -> Path:
+        path = show(*arguments)
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(core.snapshots.cleanup).result(60)
+        return path
+
+    core.devices.show = cleans_up  # type: ignore[method-assign]
+    pull(core, APP)
+    assert list(core.devices.shown()) == [APP.digest]
 
 
 def test_without_devices_a_claimed_row_is_an_error(core: Core, root: Path):

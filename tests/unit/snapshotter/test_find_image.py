@@ -335,6 +335,23 @@ def test_a_client_that_names_no_image_gets_what_was_opened_before(make, caplog):
     assert make().find(stub_labels(snapshot)) == found
 
 
+def test_what_is_gone_is_not_given_again(place: Place, make, clock: Clock):
+    place.add_image(BASE)
+    finder, labels = make(none_ttl_s=100), labels_of(place.image())
+    first = place.convert()
+    assert finder.find(labels).digest == first
+    place.delete(first)
+    finder.gone(labels)
+    finder.gone({names.TARGET: "x"})
+    assert finder.find(labels) is None and len(place.opened) == 1
+    place.add_image(BASE, tag="again", compression="zstd")
+    clock.now = 101
+    assert finder.find(labels) is None and len(place.opened) == 2
+    place.convert()
+    clock.now = 202
+    assert finder.find(labels) is not None
+
+
 # What others know --------------------------------------------------------------------------------
 
 

@@ -3,14 +3,18 @@
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, InvalidArgument
+from imgsnap.errors import AlreadyExists, Busy, ImgsnapError, InvalidArgument, NotFound
 from imgsnap.snapshotter import serve
 from imgsnap.snapshotter.labels import GID_MAPPING, UID_MAPPING
+from imgsnap.snapshotter.ledger import Ledger
 from imgsnap.snapshotter.report import check_root, usage_by_state
+from imgsnap.snapshotter.rows import Usage, WrongState
 from tests.support.remote_parts import labels_of
 from tests.support.snapshots_client import SnapshotsClient, code
 from tests.unit.snapshotter.conftest import APP, Core
@@ -34,6 +38,27 @@ def test_an_upper_has_the_mode_of_the_root_beneath(core: Core):
     core.snapshots.commit("c", "a", {})
     core.snapshots.prepare("b", "c", {})
     assert core.directories.fs(core.snapshots.stat("b").id).stat().st_mode & 0o7777 == 0o1711
+
+
+def test_what_the_state_forbids(core: Core):
+    core.snapshots.prepare("a", "", {})
+    core.snapshots.view("v", "", {})
+    core.snapshots.commit("c", "a", {})
+    core.snapshots.prepare("b", "c", {})
+    for call in (
+        lambda: core.snapshots.remove("c"),
+        lambda: core.snapshots.mounts("c"),
+        lambda: core.snapshots.commit("x", "v", {}),
+        lambda: core.snapshots.commit("x", "c", {}),
+    ):
+        with pytest.raises(WrongState):
+            call()
+    with pytest.raises(InvalidArgument):
+        core.snapshots.prepare("x", "b", {})
+    for call in (core.snapshots.remove, core.snapshots.stat, core.snapshots.usage):
+        with pytest.raises(NotFound):
+            call("missing")
+    assert len(core.snapshots.list([])) == 3
 
 
 def test_no_rebase(core: Core):
@@ -83,6 +108,17 @@ def test_commit_does_not_walk(core: Core, monkeypatch: pytest.MonkeyPatch):
     assert core.snapshots.stat("c").usage is None
     assert core.snapshots.usage("c").inodes == 1
     go_on.set()
+
+
+def test_what_a_killed_process_did_not_measure_is_measured(root: Path):
+    with serve.opened(root) as snapshots:
+        snapshots.prepare("a", "", {})
+        snapshots.commit("c", "a", {})
+    with closing(Ledger.open(root)) as ledger, ledger.change() as changes:
+        changes.update(replace(ledger.get("c"), usage=None))
+    with serve.opened(root) as snapshots:
+        snapshots._background.submit(lambda: None).result(60)  # it comes after the measuring
+        assert snapshots.stat("c").usage == Usage(snapshots.usage("c").size, 1)
 
 
 def test_a_lost_directory_is_an_error_and_never_an_empty_layer(core: Core):

@@ -1,0 +1,251 @@
+"""`imgsnap snapshotter run` as it is installed: containerd above it, the node daemon beneath."""
+
+import contextlib
+import hashlib
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from imgsnap.snapshotter.ledger import Ledger
+from tests.support.cli import Cli
+from tests.support.containerd import VERSIONS, Containerd, fresh_id, release, running_containerd
+from tests.support.cri import cri
+from tests.support.docker_registry import DockerRegistry
+from tests.support.image_builder import collect, image, sha256
+from tests.support.node import Node, wait_for
+from tests.support.samples import noise, program_tar
+from tests.support.tars import Item, layer_tar
+
+pytestmark = [pytest.mark.root, pytest.mark.registry]
+NAME, HTTP, BUSYBOX = "imgsnap", "--plain-http", "/bin/busybox"
+SIZE, FILES = 400_000, 12
+DATA = [Item(f"data/f{n:02}".encode(), content=noise(SIZE, n)) for n in range(FILES)]
+APP = [Item(b"app", content=b"the app\n")]
+OTHER = [Item(b"other", content=b"the other\n")]
+
+
+@dataclass
+class Ours:
+    """The snapshotter's process; its node daemon is `node`."""
+
+    cli: Cli
+    work: Path
+    options: tuple[str, ...] = ()
+    process: subprocess.Popen | None = None
+
+    @property
+    def socket(self) -> Path:
+        return self.work / "s.sock"
+
+    @property
+    def node(self) -> Node:
+        return Node(self.cli)
+
+    def start(self) -> None:
+        where = ("--root", self.work / "state", "--address", self.socket)
+        command = (sys.executable, "-m", "imgsnap_cli", "-v", "snapshotter", "run", *where, HTTP)
+        with (self.work / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [*map(str, command), *self.options],
+                env=self.cli.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        wait_for(self.socket.exists, "the snapshotter's socket")
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.socket.unlink(missing_ok=True)
+
+    def states(self) -> list[str]:
+        with contextlib.closing(Ledger.read(self.work / "state")) as ledger:
+            return [str(row.state) for row in ledger.scan()]
+
+    def shown(self) -> list[str]:
+        devices = self.work / "state" / "devices"
+        return [path.name for path in devices.iterdir()] if devices.is_dir() else []
+
+    def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait(30)
+        for path in (self.work / "state" / "devices").glob("*/fs"):
+            self.cli.any("umount", "--lazy", path)
+        self.cli.any("daemon", "stop", "--force")
+
+
+@contextlib.contextmanager
+def ours(cli: Cli, *options: str) -> Iterator[Ours]:
+    with tempfile.TemporaryDirectory(prefix="imgsnap-s-") as work:
+        running = Ours(cli, Path(work), options)
+        try:
+            running.start()
+            yield running
+        except BaseException:
+            print((running.work / "log").read_text(), file=sys.stderr)
+            raise
+        finally:
+            running.end()
+
+
+@pytest.fixture
+def reference(cli: Cli, own_registry: DockerRegistry, name: str) -> str:
+    """An image with a snapshot as its referrer, and `<reference>-fast`, the converted one."""
+    tars = (program_tar(), layer_tar(DATA), layer_tar(APP))
+    found = own_registry.put(name, collect(image(*tars), "1.0"))
+    cli.convert(found, f"{found}-snap", HTTP)
+    cli.convert(found, f"{found}-fast", HTTP, "--as", "image")
+    return found
+
+
+def run(containerd: Containerd, reference: str, command: str) -> str:
+    """What a shell command prints; ctr sometimes copies nothing, so the end is marked."""
+    for _ in range(5):
+        marked = f"{command}; echo -n .end."
+        arguments = (reference, BUSYBOX, "sh", "-c", marked)
+        out = containerd.run(*arguments, snapshotter=NAME, namespace="k8s.io")
+        if out.endswith(".end."):
+            return out.removesuffix(".end.")
+    raise AssertionError(f"no whole output of {command!r}: {out!r}")
+
+
+@pytest.mark.parametrize("series", VERSIONS)
+@pytest.mark.parametrize("kind", ["converted", "by referrer"])
+def test_no_layer_is_fetched(series, kind, cli: Cli, own_registry: DockerRegistry, reference: str):
+    wanted = f"{reference}-fast" if kind == "converted" else reference
+    trust = ("--trust", f"{own_registry.address}/*") if kind == "by referrer" else ()
+    with (
+        ours(cli, *trust) as it,
+        running_containerd(release(series), snapshotter=it.socket, cri=True) as containerd,
+        cri(containerd.socket) as calls,
+    ):
+        containerd.allow_http(own_registry.address)
+        own_registry.accesses()
+        calls.pull(wanted)
+        layers = image(program_tar(), layer_tar(DATA), layer_tar(APP)).layers
+        paths = [a.path for a in own_registry.accesses() if a.method == "GET"]
+        assert not [p for p in paths if any(p.endswith(sha256(layer.data)) for layer in layers)]
+        assert it.states()[-1] == "device"
+        assert run(containerd, wanted, "cat /app; echo 1 > /app; cat /app") == "the app\n1\n"
+        assert run(containerd, wanted, "cat /app") == "the app\n", "of a container its own"
+        calls.remove_image(wanted)
+        wait_for(lambda: it.states() == [] and it.shown() == [], "nothing left")
+
+
+def test_an_untrusted_publisher_is_not_asked(cli: Cli, own_registry: DockerRegistry, reference):
+    with (
+        ours(cli, "--trust", "registry.example/*") as it,
+        running_containerd(release("1.6"), snapshotter=it.socket, cri=True) as containerd,
+        cri(containerd.socket) as calls,
+    ):
+        containerd.allow_http(own_registry.address)
+        calls.pull(reference)
+        assert it.states() == ["layer"] * 3
+        assert run(containerd, reference, "cat /app") == "the app\n"
+
+
+def test_kills_disturb_no_container(cli: Cli, own_registry: DockerRegistry, reference: str):
+    """The snapshotter, the control process and the block server, while a container reads."""
+    fast = f"{reference}-fast"
+    with (
+        ours(cli) as it,
+        running_containerd(release("1.6"), snapshotter=it.socket) as containerd,
+    ):
+        containerd.allow_http(own_registry.address)
+        address = ("--address", containerd.socket, "--namespace", "k8s.io")
+        cli("pull", "--containerd", HTTP, *address, fast)
+        one = fresh_id()
+        containerd.ctr(
+            *("run", "--detach", "--net-host", "--snapshotter", NAME, fast, one),
+            *(BUSYBOX, "sleep", "1000"),
+            namespace="k8s.io",
+        )
+
+        def digest(number: int) -> str:
+            command = (BUSYBOX, "sha256sum", f"/data/f{number:02}")
+            execute = ("tasks", "exec", "--exec-id", fresh_id("e"), one)
+            return containerd.ctr(*execute, *command, namespace="k8s.io").split()[0]
+
+        expected = [hashlib.sha256(noise(SIZE, n)).hexdigest() for n in range(FILES)]
+        assert digest(0) == expected[0]
+        it.kill()
+        assert digest(1) == expected[1]
+        it.node.kill(it.node.server())
+        assert digest(2) == expected[2]
+        it.start()
+        it.node.kill(it.node._pid(it.node.places.control_socket))
+        assert digest(3) == expected[3]
+        found = cli("explain", one, "--format", "json").json
+        assert found["reads"] > 0 and Path(found["target"]).parents[1] == it.work / "state/devices"
+        asked = [*containerd.ctr_command("k8s.io"), "snapshots", "--snapshotter", NAME, "usage"]
+        wait_for(lambda: not subprocess.run(asked, capture_output=True).returncode, "containerd")
+        second = run(containerd, fast, "cat /app")  # starts another control process
+        assert second == "the app\n"
+        containerd.ctr("tasks", "kill", "--signal", "9", one, namespace="k8s.io")
+        wait_for(lambda: "STOPPED" in containerd.ctr("tasks", "ls", namespace="k8s.io"), "its end")
+        containerd.ctr("tasks", "rm", one, namespace="k8s.io")
+        containerd.ctr("containers", "rm", one, namespace="k8s.io")
+        containerd.remove_image(fast, namespace="k8s.io")
+        wait_for(lambda: it.states() == [] and it.shown() == [], "nothing left")
+
+
+def test_a_registry_that_is_away(cli: Cli, own_registry: DockerRegistry, reference: str):
+    """What is here starts, also after the daemon and all mounts have gone; what is not says why."""
+    fast = f"{reference}-fast"
+    with (
+        ours(cli) as it,
+        running_containerd(release("1.6"), snapshotter=it.socket) as containerd,
+    ):
+        containerd.allow_http(own_registry.address)
+        address = ("--address", containerd.socket, "--namespace", "k8s.io")
+        cli("pull", "--containerd", HTTP, *address, fast)
+        cli("warm", HTTP, "--progress", "none", fast)
+        own_registry.stop()
+        cli("daemon", "stop", "--force")
+        assert run(containerd, fast, "cat /app") == "the app\n"
+        for target in it.work.glob("state/devices/*/fs"):
+            cli("umount", target)
+        cli("cache", "prune", "--all")
+        failed = containerd.ctr_fails(
+            *("run", "--rm", "--net-host", "--snapshotter", NAME, fast, fresh_id()),
+            *(BUSYBOX, "true"),
+            namespace="k8s.io",
+        )
+        assert own_registry.address in failed and "refused" in failed
+
+
+def test_a_base_shared_with_an_ordinary_image(
+    cli: Cli, own_registry: DockerRegistry, reference: str, name: str
+):
+    """Its layers were claimed for the converted image: the ordinary one gets them all the same."""
+    tars = (program_tar(), layer_tar(DATA), layer_tar(OTHER))
+    other = own_registry.put(f"{name}-other", collect(image(*tars), "1.0"))
+    with (
+        ours(cli, "--trust", "*") as it,
+        running_containerd(release("1.6"), snapshotter=it.socket, cri=True) as containerd,
+        cri(containerd.socket) as calls,
+    ):
+        containerd.allow_http(own_registry.address)
+        calls.pull(reference)
+        assert it.states() == ["placeholder", "placeholder", "device"]
+        calls.pull(other)
+        assert sorted(it.states()) == ["device", "layer", "layer", "layer"]
+        seen = "cat /other; sha256sum /data/f05 | head -c 64"
+        assert run(containerd, other, seen) == (
+            "the other\n" + hashlib.sha256(noise(SIZE, 5)).hexdigest()
+        )
+        assert run(containerd, reference, "cat /app") == "the app\n"
+        calls.remove_image(reference)
+        wait_for(lambda: it.shown() == [], "the device's release")
+        assert run(containerd, other, "cat /other") == "the other\n"
+        calls.remove_image(other)
+        wait_for(lambda: it.states() == [], "nothing left")
