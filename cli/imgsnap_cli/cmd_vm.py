@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -24,10 +26,53 @@ from imgsnap_cli.places import (
 from imgsnap_cli.running import keep_trace, on_terminal
 from imgsnap_cli.settings import Settings
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 if TYPE_CHECKING:
     from imgsnap.blockstore.read_options import ReadOptions
     from imgsnap.mount.container import Command
     from imgsnap.vm.run import TimeLine, Wanted
+
+
+_MACHINE = (
+    click.option(
+        "--memory", metavar="SIZE", default="512MiB", show_default=True, help="Of the guest"
+    ),
+    click.option(
+        "--cpus", type=click.IntRange(1, 64), default=1, show_default=True, help="Of the guest"
+    ),
+    click.option(
+        "--kernel",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="bzImage [newest in /boot]",
+    ),
+    click.option(
+        "--modules",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        help="The kernel's [/lib/modules/VERSION]",
+    ),
+    click.option("--net", is_flag=True, help="A network interface, connected with this machine"),
+    click.option(
+        "--scratch", metavar="SIZE", help="Keep changes on a disk of this size [in memory]"
+    ),
+    click.option(
+        "--timeout",
+        metavar="SECONDS",
+        type=click.FloatRange(min=0, min_open=True),
+        help="End it after this time, the boot included",
+    ),
+    click.option("--emulate", is_flag=True, help="Do not use KVM"),
+)
+_MACHINE_NAMES = ("memory", "cpus", "kernel", "modules", "net", "scratch", "timeout", "emulate")
+
+
+def machine_flags(function: F) -> F:
+    """Adds what can be said about the machine; the command hands it to `_wanted` as it comes."""
+    for option in reversed(_MACHINE):
+        function = option(function)
+    return function
 
 
 @click.group(short_help="Run images in microVMs")
@@ -41,21 +86,7 @@ def command() -> None:
 )
 @click.argument("ref")
 @click.argument("cmd", nargs=-1, type=click.UNPROCESSED)
-@click.option("--memory", metavar="SIZE", default="512MiB", show_default=True, help="Of the guest")
-@click.option("--cpus", type=click.IntRange(1, 64), default=1, show_default=True)
-@click.option(
-    "--kernel", metavar="FILE", type=click.Path(path_type=Path), help="bzImage [newest in /boot]"
-)
-@click.option(
-    "--modules",
-    metavar="DIR",
-    type=click.Path(path_type=Path),
-    help="The kernel's [/lib/modules/VERSION]",
-)
-@click.option("--net", is_flag=True, help="A network interface, connected with this machine")
-@click.option("--scratch", metavar="SIZE", help="Keep changes on a disk of this size [in memory]")
-@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True))
-@click.option("--emulate", is_flag=True, help="Do not use KVM")
+@machine_flags
 @click.option(
     "--trace",
     metavar="FILE",
@@ -78,14 +109,6 @@ def run(
     /,
     ref: str,
     cmd: tuple[str, ...],
-    memory: str,
-    cpus: int,
-    kernel: Path | None,
-    modules: Path | None,
-    net: bool,
-    scratch: str | None,
-    timeout: float | None,
-    emulate: bool,
     trace: Path | None,
     report: Path | None,
     boot_pack: str | None,
@@ -100,9 +123,31 @@ def run(
     dropped at the end. Environment, working directory and user are the image's. The exit code is
     the command's. A terminal is the command's terminal; without one it has no input.
     """
+    wanted = _wanted(**{name: flags.pop(name) for name in _MACHINE_NAMES})
+    if trace is not None:
+        read = reading((), image_config=True)
+    else:
+        read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate, image_config=True)
+    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # a closed terminal
+    return _Run(settings, Places(settings, flags), ref, platform).run(
+        wanted, cmd, read, trace, report
+    )
+
+
+def _wanted(
+    memory: str,
+    cpus: int,
+    kernel: Path | None,
+    modules: Path | None,
+    net: bool,
+    scratch: str | None,
+    timeout: float | None,
+    emulate: bool,
+) -> "Wanted":
+    """The machine's options as the library has them. Raises InvalidArgument."""
     from imgsnap.vm.run import Wanted
 
-    wanted = Wanted(
+    return Wanted(
         memory_mib=_size("--memory", memory) // MIB,
         cpus=cpus,
         kernel=kernel,
@@ -111,14 +156,6 @@ def run(
         scratch=None if scratch is None else _size("--scratch", scratch),
         limit_s=timeout,
         emulate=emulate,
-    )
-    if trace is not None:
-        read = reading((), image_config=True)
-    else:
-        read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate, image_config=True)
-    signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # a closed terminal
-    return _Run(settings, Places(settings, flags), ref, platform).run(
-        wanted, cmd, read, trace, report
     )
 
 
@@ -149,7 +186,7 @@ class _Run:
             line.mark("attached")
             disk, digest = Path(attached["path"]), attached["manifest_digest"]
             command = self._command(stack, disk, digest, cmd)
-            status = run.run(tools, wanted, disk, command, state, _say, line)
+            status = run.run(tools, wanted, disk, command, state, _say, line, _print)
             if trace is not None:
                 from imgsnap.node.client import trace_of_attachment
 
@@ -209,7 +246,12 @@ def _size(option: str, text: str) -> int:
     try:
         return parse_size(text)
     except ValueError as error:
-        raise InvalidArgument(f"{option}: {error}") from error
+        raise InvalidArgument(f"{option}: {error}", hint="for example 1GiB") from error
+
+
+def _print(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ elsewhere.
 
 import base64
 import contextlib
+import math
 import os
 import secrets
 import select
@@ -24,8 +25,10 @@ from typing import IO, Self
 from imgsnap.errors import InvalidArgument, OutOfTime, Unavailable
 from imgsnap.vm.qemu import Boot, Hardware, command_line
 
-BOOT_LIMIT_S = 180.0
-"""From the start of QEMU to the mounted root; under emulation on a busy host it takes 10 s."""
+START_LIMIT_S = 90.0
+"""From the start of QEMU to the guest's init; under emulation on a busy host it takes 10 s."""
+READY_LIMIT_S = 180.0
+"""From there to the mounted root: as long as a registry may take over it."""
 SCRIPT_MAX = 2048
 """Bytes of one script: the guest's side of the line has a buffer of 4096."""
 _LOG_MAX = 64 << 10
@@ -45,9 +48,17 @@ class Machine:
     """One QEMU. Use it as a context manager: leaving ends the process."""
 
     def __init__(
-        self, qemu: str, hardware: Hardware, boot: Boot, *, prefix: Sequence[str] = ()
+        self,
+        qemu: str,
+        hardware: Hardware,
+        boot: Boot,
+        *,
+        prefix: Sequence[str] = (),
+        deadline: float = math.inf,
     ) -> None:
-        """Starts it; `prefix` goes before QEMU's command. Raises OSError."""
+        """Starts it; `prefix` goes before QEMU's command. After `deadline`, a time of the monotonic
+        clock, everything raises OutOfTime. Raises OSError."""
+        self._deadline = deadline
         self._console, console = socket.socketpair()
         self._control, control = socket.socketpair()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
@@ -100,11 +111,11 @@ class Machine:
         self._control.close()
         self._errors.close()
 
-    def wait_started(self, limit_s: float = BOOT_LIMIT_S) -> None:
+    def wait_started(self, limit_s: float = START_LIMIT_S) -> None:
         """Returns when the guest's kernel is up. Raises GuestStopped, also for the time."""
         self._expect("started", limit_s)
 
-    def wait_ready(self, limit_s: float = BOOT_LIMIT_S) -> None:
+    def wait_ready(self, limit_s: float = READY_LIMIT_S) -> None:
         """Returns when the guest's root is mounted, after `wait_started`. Raises GuestStopped, also
         for the time."""
         self._expect("ready", limit_s)
@@ -113,6 +124,8 @@ class Machine:
         try:
             word, _ = self._answer(time.monotonic() + limit_s, self._keep, None)
         except OutOfTime as error:
+            if time.monotonic() >= self._deadline:
+                raise
             raise GuestStopped(
                 f"the guest did not say {wanted!r} within {limit_s:g} s", hint=error.hint
             ) from error
@@ -125,7 +138,7 @@ class Machine:
         output: Output,
         *,
         keyboard: int | None = None,
-        limit_s: float | None = None,
+        limit_s: float = math.inf,
     ) -> int:
         """Runs a shell script in the guest with its console as terminal; its exit status.
 
@@ -139,7 +152,7 @@ class Machine:
         token = secrets.token_hex(16)
         self._drain(self._keep)
         self._control.sendall(b"run %s %s\n" % (token.encode(), encoded))
-        deadline = None if limit_s is None else time.monotonic() + limit_s
+        deadline = time.monotonic() + limit_s
         while True:
             word, rest = self._answer(deadline, output, keyboard)
             said, _, status = rest.partition(" ")
@@ -151,9 +164,7 @@ class Machine:
         """The end of what the console had before the first command."""
         return self._log.decode(errors="replace")
 
-    def _answer(
-        self, deadline: float | None, output: Output, keyboard: int | None
-    ) -> tuple[str, str]:
+    def _answer(self, deadline: float, output: Output, keyboard: int | None) -> tuple[str, str]:
         """The next line of the guest: its first word, and the rest."""
         while b"\n" not in self._lines:
             self._pump(deadline, output, keyboard)
@@ -164,14 +175,14 @@ class Machine:
             raise GuestStopped(f"the guest did not come up: {more}")
         return word, more
 
-    def _pump(self, deadline: float | None, output: Output, keyboard: int | None) -> None:
+    def _pump(self, deadline: float, output: Output, keyboard: int | None) -> None:
         """Waits for one thing to happen on any side, and passes it on."""
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
+        left = min(deadline, self._deadline) - time.monotonic()
+        if left <= 0:
             raise OutOfTime("the guest's time is over", hint=self._hint())
         sides: list[socket.socket | int] = [self._control, self._console]
         sides += [] if keyboard is None else [keyboard]
-        ready, _, _ = select.select(sides, [], [], left)
+        ready, _, _ = select.select(sides, [], [], None if math.isinf(left) else left)
         if self._console in ready:
             self._pass_on(output)
         if keyboard in ready and keyboard is not None:

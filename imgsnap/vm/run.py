@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import struct
@@ -22,7 +23,7 @@ from imgsnap.units import MIB
 from imgsnap.vm import initramfs, kvm
 from imgsnap.vm.kernel import BASE, NETWORK, SCRATCH, GuestKernel, find_kernel
 from imgsnap.vm.launcher import launcher
-from imgsnap.vm.machine import GuestStopped, Machine
+from imgsnap.vm.machine import GuestStopped, Machine, Output, write_initramfs
 from imgsnap.vm.network import TAP, Network, guest_network
 from imgsnap.vm.qemu import Accelerator, Boot, Drive, Hardware
 
@@ -68,6 +69,10 @@ class TimeLine:
 
     began: float = field(default_factory=time.monotonic)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Now."""
+        self.began = time.monotonic()
 
     def mark(self, what: str) -> None:
         self.seconds.setdefault(what, round(time.monotonic() - self.began, 4))
@@ -145,11 +150,12 @@ def run(
     state: Path,
     say: Say,
     line: TimeLine,
+    output: Output,
 ) -> int:
     """Boots a guest from `disk` and runs the command in it; its exit status. `line` is told when
     what happened.
 
-    The command's output goes to standard output; standard input is its terminal if it has one.
+    What the command prints goes to `output`; a command with a terminal has standard input's.
     Raises GuestStopped, OutOfTime, OSError, and what building the network raises.
     """
     with ExitStack() as stack:
@@ -161,16 +167,22 @@ def run(
         prefix = network.command_prefix if network else []
         if network:
             say(f"the guest is {network.guest}, this machine {network.host}")
-        machine = _start(stack, tools, hardware, boot, prefix, state, say, line)
+
+        def machine_of(accelerator: Accelerator) -> Machine:
+            parts = replace(hardware, accelerator=accelerator)
+            deadline = _deadline(wanted, line)
+            return Machine(tools.qemu, parts, boot, prefix=prefix, deadline=deadline)
+
+        line.mark("qemu")
+        machine = _start(stack, tools.accelerator, machine_of, state, say)
+        line.mark("started")
         machine.wait_ready()
         line.mark("ready")
-        return _command(machine, command, _left(wanted, line), line)
+        return _command(machine, command, line, output)
 
 
-def _left(wanted: Wanted, line: TimeLine) -> float | None:
-    if wanted.limit_s is None:
-        return None
-    return wanted.limit_s - (time.monotonic() - line.began)
+def _deadline(wanted: Wanted, line: TimeLine) -> float:
+    return math.inf if wanted.limit_s is None else line.began + wanted.limit_s
 
 
 def _hardware(
@@ -188,8 +200,7 @@ def _boot(
 ) -> Boot:
     program = initramfs.file(_LAUNCH, launcher(command), executable=True)
     data = initramfs.guest(tools.busybox, tools.kernel.modules, [program])
-    path = work / "initramfs.cpio"
-    path.write_bytes(data)
+    path = write_initramfs(work, data)
     parameters = network.parameters if network else []
     if scratch is not None:
         parameters.append("imgsnap.scratch=/dev/vdb")
@@ -198,52 +209,40 @@ def _boot(
 
 def _start(
     stack: ExitStack,
-    tools: Tools,
-    hardware: Hardware,
-    boot: Boot,
-    prefix: list[str],
+    accelerator: Accelerator,
+    machine_of: Callable[[Accelerator], Machine],
     state: Path,
     say: Say,
-    line: TimeLine,
 ) -> Machine:
     """A guest whose kernel is up: under KVM, or emulated when none comes up there."""
-    line.mark("qemu")
-    if hardware.accelerator is Accelerator.KVM:
-        machine = Machine(tools.qemu, hardware, boot, prefix=prefix)
-        try:
-            machine.wait_started(KVM_START_S)
-            stack.enter_context(machine)
-            line.mark("started")
-            return machine
-        except GuestStopped as error:
-            machine.close()
-            say(f"KVM does not work here ({error}): the guest is emulated, which is slow")
-            kvm.Refusals(state).note()
-        except BaseException:
-            machine.close()
-            raise
-    emulated = replace(hardware, accelerator=Accelerator.EMULATION)
-    machine = stack.enter_context(Machine(tools.qemu, emulated, boot, prefix=prefix))
-    machine.wait_started()
-    line.mark("started")
-    return machine
+    if accelerator is Accelerator.KVM:
+        with ExitStack() as attempt:
+            machine = attempt.enter_context(machine_of(accelerator))
+            try:
+                machine.wait_started(KVM_START_S)
+                stack.enter_context(attempt.pop_all())
+                return machine
+            except GuestStopped as error:
+                say(f"KVM does not work here ({error}): the guest is emulated, which is slow")
+    emulated = stack.enter_context(machine_of(Accelerator.EMULATION))
+    emulated.wait_started()
+    if accelerator is Accelerator.KVM:
+        kvm.Refusals(state).note()  # it was KVM, and nothing else, that this guest did not start by
+    return emulated
 
 
-def _command(machine: Machine, command: Command, limit_s: float | None, line: TimeLine) -> int:
-    out = sys.stdout.buffer
-
-    def output(data: bytes) -> None:
+def _command(machine: Machine, command: Command, line: TimeLine, output: Output) -> int:
+    def printed(data: bytes) -> None:
         line.mark("output")
-        out.write(data)
-        out.flush()
+        output(data)
 
     if command.terminal:
         rows, columns = _window()
         script = f"stty sane rows {rows} cols {columns}; exec /{_LAUNCH}"
         with _raw_terminal():
-            status = machine.run(script, output, keyboard=sys.stdin.fileno(), limit_s=limit_s)
+            status = machine.run(script, printed, keyboard=sys.stdin.fileno())
     else:
-        status = machine.run(f"exec /{_LAUNCH} </dev/null", output, limit_s=limit_s)
+        status = machine.run(f"exec /{_LAUNCH} </dev/null", printed)
     line.mark("ended")
     return status
 
