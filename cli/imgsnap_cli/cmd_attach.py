@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from imgsnap.errors import InvalidArgument
 from imgsnap_cli.output import print_json
 from imgsnap_cli.places import (
     Places,
@@ -16,6 +17,9 @@ from imgsnap_cli.places import (
     registry_flags,
 )
 from imgsnap_cli.settings import Settings
+
+UBLK_ID_MAX = (1 << 20) - 1
+"""Of a device's minor number."""
 
 
 @click.command(short_help="Attach a snapshot as a block source for VMs")
@@ -31,6 +35,14 @@ from imgsnap_cli.settings import Settings
     show_default=True,
     help="What to print",
 )
+@click.option(
+    "--via",
+    type=click.Choice(["fuse", "ublk"]),
+    default="fuse",
+    show_default=True,
+    help="A file, or a disk /dev/ublkbN where the kernel has ublk",
+)
+@click.option("--ublk-id", type=click.IntRange(0, UBLK_ID_MAX), help="N of the disk to make")
 @registry_flags
 @click.pass_obj
 def command(
@@ -42,18 +54,23 @@ def command(
     prefetch: str,
     prefetch_rate: str | None,
     format_: str,
+    via: str,
+    ublk_id: int | None,
     **flags: Any,
 ) -> None:
-    """Attach the snapshot REF: a read-only file that any number of VMs use as their root disk.
+    """Attach the snapshot REF: a read-only file or disk that any number of VMs use as their root.
 
     Bytes are fetched as they are read. The file's size is a multiple of 2 MiB. It stays until
     `imgsnap detach`; a node daemon serves it, and is started if none runs.
     """
     from imgsnap.node.client import attach
 
+    if ublk_id is not None and via != "ublk":
+        raise InvalidArgument("--ublk-id is for --via ublk")
     places = Places(settings, flags)
     read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate)
-    found = attach(*places.mount_arguments(ref, Path("/"), platform, False, read)[:2])
+    options, source = places.mount_arguments(ref, Path("/"), platform, False, read)[:2]
+    found = attach(options, source, via=via, number=ublk_id)
     if format_ == "path":
         click.echo(found["path"])
     else:

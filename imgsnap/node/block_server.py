@@ -27,12 +27,13 @@ from imgsnap.fuse.server import FuseServer
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import linux
 from imgsnap.mount.boot_phase import BootPhase
-from imgsnap.node.attachments import DISK, Attachment, AttachmentTable
+from imgsnap.node.attachments import UBLK, Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
 from imgsnap.node.process_usage import process_usage
 from imgsnap.node.rpc import Answer, Server
 from imgsnap.node.source import Source
+from imgsnap.node.ublk_devices import UblkDevices
 from imgsnap.oci.platforms import parse_platform
 
 BOOT_ANSWER_S = 2.0
@@ -80,6 +81,7 @@ class BlockServer:
         self._repositories = Repositories(open_repository)
         self._table = AttachmentTable(settings.places.attachments)
         self._catalog = DeviceCatalog(self._table, self._store, self._repositories)
+        self._ublk = UblkDevices(settings.places.ublk, self._table, self._catalog)
         self._starts: list[BootPhase] = []
         self._attaching = threading.Lock()
         self._pinning = threading.Lock()
@@ -98,6 +100,7 @@ class BlockServer:
             on_end=lambda: signal.pthread_kill(own, _ENDED),
         )
         fuse.start()
+        self._ublk.start()
         Server(self._listener, self._handlers()).start()
         if ready >= 0:
             os.write(ready, b"\n")
@@ -120,6 +123,7 @@ class BlockServer:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is None:
                 self._store.fetcher.expire()
+                self._ublk.look_after()
                 self._starts = [start for start in self._starts if not start.check()]
                 continue
             _log.info("ending on %s", signal.Signals(info.si_signo).name)
@@ -139,6 +143,7 @@ class BlockServer:
             "detach": self._detach,
             "explain": self._explain,
             "list": self._list,
+            "publish": self._publish,
             "status": self._status,
             "take": self._take,
             "starting": self._starting,
@@ -160,7 +165,7 @@ class BlockServer:
         snapshot = device.snapshot
         attachment = Attachment(
             number=0,
-            id=digest_hex(snapshot.manifest.digest) + (DISK if options.disk else ""),
+            id=digest_hex(snapshot.manifest.digest) + args.get("kind", ""),
             source=source,
             repository=snapshot.repository.name,
             manifest_digest=snapshot.manifest.digest,
@@ -179,6 +184,13 @@ class BlockServer:
         _log.info("attached %s", kept.manifest_digest)
         return kept.to_json()
 
+    def _publish(self, args: dict[str, Any]) -> str:
+        """Shows an attachment as a ublk disk, if it is not yet; the disk's path."""
+        attachment = self._table.by_id(args["id"])
+        if attachment is None:
+            raise NotFound(f"{args['id']} is not attached")
+        return str(self._ublk.publish(attachment, args.get("number")))
+
     def _pin(self, attachment: Attachment, parts: frozenset[Part]) -> None:
         """What is attached must open again while the registry is away."""
         digest, holder = attachment.manifest_digest, self._settings.pin_holder
@@ -191,15 +203,22 @@ class BlockServer:
                 _log.warning("%s is not pinned: %s", digest, error)
 
     def _detach(self, args: dict[str, Any]) -> None:
-        """Takes the device's name away; its bytes are served until the kernel forgets it."""
+        """Takes the device's name away; its bytes are served until the kernel forgets it. Raises
+        NotFound; Busy for a ublk disk that is in use, unless `lazy`."""
         with self._attaching:
             attachment = self._table.by_id(args["id"])
             if attachment is None:
                 raise NotFound(f"{args['id']} is not attached")
+            disk = attachment.id.endswith(UBLK)
+            gone = disk and self._ublk.leave(attachment, lazy=bool(args.get("lazy")))
             self._table.detach(attachment)
             if self._settings.pin_holder:
                 with self._pinning, suppress(NotFound):
                     unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
+        if disk:
+            if gone:
+                self._catalog.forgotten(attachment.number)
+            return
         known = 0
         directory = directory_node(attachment.number)
         for parent, name in (

@@ -69,12 +69,15 @@ def mount_by_daemon(options: "MountOptions", source: "Source") -> MountRecord:
     return MountRecord(**record)
 
 
-def attach(options: "MountOptions", source: "Source") -> dict[str, Any]:
-    """Has a snapshot's device served as a file for VMMs: `path`, `device_size`, `id` and what else
-    an attachment's record has.
+def attach(
+    options: "MountOptions", source: "Source", *, via: str = "fuse", number: int | None = None
+) -> dict[str, Any]:
+    """Has a snapshot's device served as a file for VMMs, or `via` "ublk" as a disk: `path`,
+    `device_size`, `id` and what else an attachment's record has.
 
     A daemon is started when none runs, and stays. Raises what attaching raises, InvalidArgument
-    for a daemon with another cache.
+    for a daemon with another cache; for a disk Unsupported without the driver, AlreadyExists when
+    the `number` it is to have is taken.
     """
     from imgsnap.node.daemon import ensure_daemon
 
@@ -87,6 +90,8 @@ def attach(options: "MountOptions", source: "Source") -> dict[str, Any]:
         reference=options.reference,
         platform=str(options.platform) if options.platform else None,
         options=asdict(options.read),
+        via=via,
+        number=number,
     )
     return found
 
