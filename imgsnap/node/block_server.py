@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgsnap.blockstore.cache_pins import Part, Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.node_cache import NodeCache
@@ -33,8 +33,10 @@ from imgsnap.node.places import ServerPlaces
 from imgsnap.node.process_usage import process_usage
 from imgsnap.node.rpc import Answer, Server
 from imgsnap.node.source import Source
-from imgsnap.node.ublk_devices import UblkDevices
 from imgsnap.oci.platforms import parse_platform
+
+if TYPE_CHECKING:
+    from imgsnap.node.ublk_devices import UblkDevices
 
 BOOT_ANSWER_S = 2.0
 """How long an attach waits to learn whether there is a boot pack; mostly it knows by then."""
@@ -81,7 +83,7 @@ class BlockServer:
         self._repositories = Repositories(open_repository)
         self._table = AttachmentTable(settings.places.attachments)
         self._catalog = DeviceCatalog(self._table, self._store, self._repositories)
-        self._ublk = UblkDevices(settings.places.ublk, self._table, self._catalog)
+        self._ublk: UblkDevices | None = None  # until there is a disk; most servers have none
         self._starts: list[BootPhase] = []
         self._attaching = threading.Lock()
         self._pinning = threading.Lock()
@@ -100,7 +102,8 @@ class BlockServer:
             on_end=lambda: signal.pthread_kill(own, _ENDED),
         )
         fuse.start()
-        self._ublk.start()
+        if self._settings.places.ublk.is_dir():
+            self._disks().start_recovery()
         Server(self._listener, self._handlers()).start()
         if ready >= 0:
             os.write(ready, b"\n")
@@ -110,6 +113,8 @@ class BlockServer:
             fuse.join(_END_S)
         for served in self._catalog.opened():
             self._log_statistics(served.device)
+        if self._ublk is not None:
+            self._ublk.abandon()
         self._store.close()
         self._catalog.close()
         self._repositories.close()
@@ -123,7 +128,8 @@ class BlockServer:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is None:
                 self._store.fetcher.expire()
-                self._ublk.look_after()
+                if self._ublk is not None:
+                    self._ublk.look_after()
                 self._starts = [start for start in self._starts if not start.check()]
                 continue
             _log.info("ending on %s", signal.Signals(info.si_signo).name)
@@ -189,7 +195,15 @@ class BlockServer:
         attachment = self._table.by_id(args["id"])
         if attachment is None:
             raise NotFound(f"{args['id']} is not attached")
-        return str(self._ublk.publish(attachment, args.get("number")))
+        return str(self._disks().publish(attachment, args.get("number")))
+
+    def _disks(self) -> "UblkDevices":
+        with self._attaching:
+            if self._ublk is None:
+                from imgsnap.node.ublk_devices import UblkDevices
+
+                self._ublk = UblkDevices(self._settings.places.ublk, self._table, self._catalog)
+            return self._ublk
 
     def _pin(self, attachment: Attachment, parts: frozenset[Part]) -> None:
         """What is attached must open again while the registry is away."""
@@ -205,12 +219,14 @@ class BlockServer:
     def _detach(self, args: dict[str, Any]) -> None:
         """Takes the device's name away; its bytes are served until the kernel forgets it. Raises
         NotFound; Busy for a ublk disk that is in use, unless `lazy`."""
+        attachment = self._table.by_id(args["id"])
+        if attachment is None:
+            raise NotFound(f"{args['id']} is not attached")
+        disk = attachment.id.endswith(UBLK)
+        gone = disk and self._disks().leave(attachment, lazy=bool(args.get("lazy")))
         with self._attaching:
-            attachment = self._table.by_id(args["id"])
-            if attachment is None:
-                raise NotFound(f"{args['id']} is not attached")
-            disk = attachment.id.endswith(UBLK)
-            gone = disk and self._ublk.leave(attachment, lazy=bool(args.get("lazy")))
+            if self._table.by_id(attachment.id) is None:
+                raise NotFound(f"{attachment.id} has been detached meanwhile")
             self._table.detach(attachment)
             if self._settings.pin_holder:
                 with self._pinning, suppress(NotFound):

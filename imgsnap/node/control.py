@@ -31,9 +31,7 @@ from imgsnap.node.direct_mount import mount_direct, release
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions, claim
-from imgsnap.node.ublk_devices import disk_of
 from imgsnap.oci.platforms import parse_platform
-from imgsnap.ublk.control import check_driver
 from imgsnap.units import align_up
 
 ATTACH_TIMEOUT_S = 300.0
@@ -124,6 +122,8 @@ class Control:
         """
         source, ublk = Source.from_json(args["source"]), args.get("via") == "ublk"
         if ublk:
+            from imgsnap.ublk.control import check_driver
+
             check_driver()
         options = replace(self._options({**args, "target": "/"}), run_dir=self._run_dir)
         options = replace(options, read=replace(options.read, disk=True))
@@ -162,6 +162,8 @@ class Control:
     def _path(self, attachment_id: str) -> Path | None:
         """The file or disk of an attachment; None when it has no disk now."""
         if attachment_id.endswith(UBLK):
+            from imgsnap.node.ublk_devices import disk_of
+
             return disk_of(self.places.server.ublk, attachment_id)
         return self.places.server.device(attachment_id)
 

@@ -26,7 +26,6 @@ from imgsnap.node.block_server import start_log
 from imgsnap.node.control import Control
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.supervise import command
-from imgsnap.node.ublk_devices import refuse_in_use, remove_disks
 
 SUPERVISOR_TIMEOUT_S = 20.0
 WATCH_S = 2.0
@@ -240,6 +239,8 @@ def stop_daemon(run_dir: Path, cache_dir: Path, *, force: bool) -> None:
             f"{len(mounted)} snapshots are mounted, for example on {mounted[0].target}",
             hint="unmount them (imgsnap umount --all), or stop with --force",
         )
+    from imgsnap.node.ublk_devices import refuse_in_use, remove_disks
+
     disks = places.server.ublk
     if not force:
         refuse_in_use(disks)

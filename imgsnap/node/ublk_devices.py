@@ -72,14 +72,15 @@ class UblkDevices:
         self._control: UblkControl | None = None
         self._lock = threading.Lock()
         self._served: dict[int, UblkDevice] = {}
+        self._unsettled: set[int] = set()  # left in use, or not taken over yet
+        self._caring = threading.Lock()
         self._recovered = threading.Event()
-
-    def start(self) -> None:
-        """Takes over, beside the caller, the disks that a former server left."""
-        if self._directory.is_dir():
-            threading.Thread(target=self._recover, name="ublk-recovery", daemon=True).start()
-        else:
+        if not directory.is_dir():
             self._recovered.set()
+
+    def start_recovery(self) -> None:
+        """Takes over, beside the caller, the disks that a former server left."""
+        threading.Thread(target=self._recover, name="ublk-recovery", daemon=True).start()
 
     def publish(self, attachment: Attachment, number: int | None) -> Path:
         """Shows an attachment as a disk, number `number` if that is not None; its path. The same
@@ -126,21 +127,39 @@ class UblkDevices:
                 if not lazy:
                     raise
             _write(self._directory, replace(record, leaving=True))
+            self._unsettled.add(record.number)
             return False
 
     def look_after(self) -> None:
-        """Now and then: removes what was left and is not in use any more, and tries again to take
-        over what could not be."""
-        if not self._recovered.is_set() or not self._directory.is_dir():
-            return
-        with self._lock:
-            for record in read_records(self._directory):
+        """Every few seconds: removes, beside the caller, what was left and is not in use any more,
+        and tries again to take over what could not be."""
+        self._loops.trim()
+        if self._unsettled and self._recovered.is_set() and self._caring.acquire(blocking=False):
+            threading.Thread(target=self._care, name="ublk-care", daemon=True).start()
+
+    def abandon(self) -> None:
+        """The process ends and another one will serve: from now on no read fails."""
+        self._loops.abandon()
+
+    def _care(self) -> None:
+        with contextlib.ExitStack() as held:
+            held.callback(self._caring.release)
+            held.enter_context(self._lock)
+            records = [r for r in read_records(self._directory) if r.number in self._unsettled]
+            self._unsettled.clear()
+            for record in records:
                 if record.number not in self._served:
                     self._take_over(record)
                 if record.leaving:
-                    with contextlib.suppress(Busy):
-                        self._remove(record)
-                        self._released(record)
+                    self._remove_left(record)
+
+    def _remove_left(self, record: DiskRecord) -> None:
+        try:
+            self._remove(record)
+        except Busy:
+            self._unsettled.add(record.number)
+        else:
+            self._released(record)
 
     def _remove(self, record: DiskRecord) -> None:
         """Raises Busy while it is in use."""
@@ -199,8 +218,11 @@ class UblkDevices:
             self._released(record)
         except (ImgsnapError, OSError) as error:
             _log.error("%s cannot be taken over: %s", path, error)
+            self._unsettled.add(record.number)
         else:
             self._served[record.number] = device
+            if record.leaving:
+                self._unsettled.add(record.number)
             _log.info("took over %s in %.0f ms", path, (time.monotonic() - begin) * 1000)
 
     def _attachment(self, record: DiskRecord) -> Attachment:

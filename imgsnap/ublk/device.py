@@ -41,6 +41,16 @@ class Loops:
                 self._loops.append(Loop(f"ublk-{len(self._loops)}"))
         self._loops[queue.number % LOOPS].serve(queue)
 
+    def trim(self) -> None:
+        """Gives memory back that idle queues have: call it every few seconds."""
+        for loop in self._loops:
+            loop.trim()
+
+    def abandon(self) -> None:
+        """The process ends: what cannot be read from now on is left to the next server."""
+        for loop in self._loops:
+            loop.abandon()
+
 
 @dataclass
 class UblkDevice:

@@ -11,6 +11,7 @@ import mmap
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from ctypes import addressof, c_char
@@ -28,6 +29,8 @@ COMPLETIONS = 4096
 _TAG_BITS = 16
 _WAKE = (1 << 64) - 1
 """User data of the eventfd; a request's is the queue's key and its tag."""
+_TRANSIENT = (errno.EAGAIN, errno.EBUSY, errno.ENOMEM)
+_AGAIN_S = 0.01
 _log = logging.getLogger(__name__)
 
 
@@ -60,9 +63,11 @@ class Queue:
             prot=mmap.PROT_READ,
             offset=uapi.descriptions_offset(number),
         )
-        pool = mmap.mmap(-1, shape.depth * shape.request_max)
-        self._address = addressof(c_char.from_buffer(pool))
-        whole = memoryview(pool)
+        self._pool = mmap.mmap(-1, shape.depth * shape.request_max)
+        self._answering = 0
+        self._used = False
+        self._address = addressof(c_char.from_buffer(self._pool))
+        whole = memoryview(self._pool)
         self._views = [
             whole[tag * self._size : (tag + 1) * self._size] for tag in range(self._depth)
         ]
@@ -72,6 +77,18 @@ class Queue:
         for tag in range(self._depth):
             self.submit(ring, uapi.IO_FETCH, tag, -1)
 
+    def commit(self, ring: Ring, tag: int, result: int) -> None:
+        """Gives the kernel a request's result, and asks for the tag's next one."""
+        self._answering -= 1
+        self.submit(ring, uapi.IO_COMMIT_AND_FETCH, tag, result)
+
+    def trim(self) -> None:
+        """Gives the buffers' memory back if none has been used since the last time. Only when the
+        kernel has taken every result that was submitted."""
+        if not self._used and not self._answering:
+            self._pool.madvise(mmap.MADV_DONTNEED)
+        self._used = False
+
     def submit(self, ring: Ring, operation: int, tag: int, result: int) -> None:
         address = self._address + tag * self._size
         payload = uapi.IO_COMMAND.pack(self.number, tag, result, address)
@@ -79,6 +96,8 @@ class Queue:
 
     def request(self, tag: int, later: Callable[[Commit], None]) -> int | None:
         """Answers the tag's request: the result, or None when `later` gets it."""
+        self._answering += 1
+        self._used = True
         flags, sectors, start, _ = uapi.IO_DESCRIPTION.unpack_from(
             self._described, tag * uapi.IO_DESCRIPTION.size
         )
@@ -121,6 +140,7 @@ class Loop:
         self._mail: deque[Queue | Commit] = deque()
         self._queues: dict[int, Queue] = {}
         self._last_key = 0
+        self._trim = self._abandoned = False
         self._started = threading.Event()
         self._failure: OSError | None = None
         threading.Thread(target=self._run, name=name, daemon=True).start()
@@ -133,7 +153,18 @@ class Loop:
         """Takes a queue, until the kernel ends it."""
         self._post(queue)
 
+    def trim(self) -> None:
+        """Gives memory back that idle queues have: call it every few seconds."""
+        self._trim = True
+        os.eventfd_write(self._wake, 1)
+
+    def abandon(self) -> None:
+        """From now on no request fails: what cannot be read is left to the next server."""
+        self._abandoned = True
+
     def _post(self, item: Queue | Commit) -> None:
+        if self._abandoned and isinstance(item, Commit) and item.result < 0:
+            return
         self._mail.append(item)
         os.eventfd_write(self._wake, 1)
 
@@ -149,7 +180,7 @@ class Loop:
         try:
             ring.poll(self._wake, _WAKE)
             while True:
-                ring.enter(1)
+                self._enter(ring)
                 for user_data, result in ring.completions():
                     if user_data == _WAKE:
                         self._open_mail(ring)
@@ -161,12 +192,26 @@ class Loop:
             logging.shutdown()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def _enter(self, ring: Ring) -> None:
+        try:
+            ring.enter(1)
+        except OSError as error:
+            if error.errno not in _TRANSIENT:
+                raise
+            _failures.log(logging.ERROR, "io_uring: %s", error)
+            time.sleep(_AGAIN_S)
+            return
+        if self._trim:  # here, because everything submitted has been taken
+            self._trim = False
+            for queue in self._queues.values():
+                queue.trim()
+
     def _open_mail(self, ring: Ring) -> None:
         os.eventfd_read(self._wake)
         while self._mail:
             item = self._mail.popleft()
             if isinstance(item, Commit):
-                item.queue.submit(ring, uapi.IO_COMMIT_AND_FETCH, item.tag, item.result)
+                item.queue.commit(ring, item.tag, item.result)
             else:
                 self._last_key += 1
                 item.key = self._last_key
@@ -190,7 +235,7 @@ class Loop:
             _failures.log(logging.ERROR, "%s: %s", type(error).__name__, error)
             answer = -errno.EIO
         if answer is not None:
-            queue.submit(ring, uapi.IO_COMMIT_AND_FETCH, tag, answer)
+            queue.commit(ring, tag, answer)
 
 
 _failures = RateLimit(_log)

@@ -1,6 +1,7 @@
 """ublk disks, in a guest: only there is the driver. One boot serves all tests.
 
-The guest's root is an image converted by us, with the product in it, read lazily through a FUSE file.
+The guest's root is an image converted by us, with the product in it, read lazily through a file of
+`imgsnap attach`.
 """
 
 import hashlib
