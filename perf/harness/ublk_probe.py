@@ -1,7 +1,7 @@
 """The ways of one snapshot's device to its readers, measured in a guest; bench_ublk.py runs it.
 
-`python ublk_probe.py ROUNDS`: JSON with samples for each load and way, one per round. All bytes are in
-the node cache before: what is measured is the way, not the fetch. The kernel's caches are dropped
+`python ublk_probe.py ROUNDS`: JSON with samples for each load and way, one per round. All bytes are
+in the node cache before: what is measured is the way, not the fetch. Caches are dropped
 before each sample.
 """
 
