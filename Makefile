@@ -10,7 +10,7 @@ CMD ?=
 # How long `make stress` and `make fuzz` go on, each part of them.
 SECONDS ?= 60
 
-.PHONY: setup setup-tests demo test check stress fuzz bench fmt clean
+.PHONY: setup setup-tests demo demo-vm test check stress fuzz bench fmt clean
 
 setup: $(VENV)/.installed
 
@@ -27,6 +27,10 @@ $(VENV)/.installed-tests: pyproject.toml scripts/setup
 
 demo: setup
 	$(PY) demo/demo.py $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),--command '$(CMD)')
+
+# A microVM that boots from its snapshot; IMAGE and CMD as for demo.
+demo-vm: setup
+	$(PY) demo/vm.py $(if $(IMAGE),--image '$(IMAGE)') $(if $(CMD),--command '$(CMD)')
 
 # The fast tier: no root, no network, no daemons; under a minute.
 check: setup

@@ -119,3 +119,10 @@ class Busy(ImgsnapError):
 
     exit_code = 10
     errno = _errno.EBUSY
+
+
+class OutOfTime(ImgsnapError):
+    """It was not done in the time that the user gave it."""
+
+    exit_code = 124  # as timeout(1)
+    errno = _errno.ETIMEDOUT

@@ -13,7 +13,7 @@ from pathlib import Path
 from harness.options import SKIPPED
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("convert", "store", "mount", "read", "start", "node", "fetch", "touch", "boot")
+NAMES = ("convert", "store", "mount", "read", "start", "node", "fetch", "touch", "boot", "vm")
 RUNS = 3
 
 

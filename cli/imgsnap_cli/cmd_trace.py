@@ -11,7 +11,7 @@ import click
 from imgsnap.errors import InvalidArgument
 from imgsnap.node.client import trace_of_mount
 from imgsnap_cli.places import Places, platform_option, reading, registry_flags
-from imgsnap_cli.running import bundle_directory, mount_root, run_in_snapshot
+from imgsnap_cli.running import bundle_directory, keep_trace, mount_root, run_in_snapshot
 from imgsnap_cli.settings import Settings
 
 
@@ -73,7 +73,7 @@ def command(
     if mounted is not None:
         if ref is not None:
             raise InvalidArgument("give a reference or --mounted, not both")
-        _keep(trace_of_mount(mounted, settings.run), output)
+        keep_trace(trace_of_mount(mounted, settings.run), output)
         return 0
     if ref is None:
         raise InvalidArgument("name a snapshot, or a mounted one with --mounted")
@@ -82,7 +82,7 @@ def command(
         bundle = bundle_directory(stack, settings)
         read = reading((), image_config=True, exact=True)
         root = mount_root(stack, settings, places, bundle, ref, platform, read)
-        stack.callback(lambda: _keep(trace_of_mount(root.path, settings.run), output))
+        stack.callback(lambda: keep_trace(trace_of_mount(root.path, settings.run), output))
         if seconds is not None:
             signal.signal(signal.SIGALRM, _time_over)
             stack.callback(signal.setitimer, signal.ITIMER_REAL, 0)
@@ -94,12 +94,3 @@ def command(
 
 def _time_over(signum: int, frame: FrameType | None) -> NoReturn:
     raise TimeOver
-
-
-def _keep(text: str, output: Path) -> None:
-    from imgsnap.formats.trace import parse_trace
-
-    trace = parse_trace(text.encode())
-    output.write_text(text)
-    more = "" if trace.complete else "; the trace is full, what came later is not in it"
-    click.echo(f"{output}: {trace.blocks} blocks in {len(trace.touches)} runs{more}", err=True)

@@ -41,6 +41,7 @@ COMMANDS = {
     "trace": "Record which blocks a start reads",
     "umount": "Unmount a snapshot",
     "version": "Print versions",
+    "vm": "Run images in microVMs",
     "warm": "Fill the node's cache with a snapshot",
 }
 """Each lives in its own module and is imported only when it is used: `imgsnap --help` and every

@@ -8,6 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
+import click
+
 from imgsnap.errors import Unsupported
 from imgsnap_cli.places import Places
 from imgsnap_cli.settings import Settings
@@ -66,11 +68,21 @@ def run_in_snapshot(
         raise Unsupported(
             f"the image is for {config.architecture}; this machine is {os.uname().machine}"
         )
-    resolved = container.resolve_command(
-        root.path, parse_run_config(image_config), cmd, terminal=_on_terminal()
-    )
+    parsed, files = parse_run_config(image_config), container.files_below(root.path)
+    resolved = container.resolve_command(files, parsed, cmd, terminal=on_terminal())
     return container.run(root.path, resolved, root.bundle, f"imgsnap-{secrets.token_hex(6)}")
 
 
-def _on_terminal() -> bool:
+def on_terminal() -> bool:
+    """Whether a command would have a terminal for both directions."""
     return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def keep_trace(text: str, output: Path) -> None:
+    """Writes a recorded trace and says what is in it. Raises FormatError, OSError."""
+    from imgsnap.formats.trace import parse_trace
+
+    trace = parse_trace(text.encode())
+    output.write_text(text)
+    more = "" if trace.complete else "; the trace is full, what came later is not in it"
+    click.echo(f"{output}: {trace.blocks} blocks in {len(trace.touches)} runs{more}", err=True)

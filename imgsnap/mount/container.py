@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from imgsnap.oci.image_config import RunConfig
 
 DEFAULT_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ACCOUNT_FILE_MAX = 4 << 20
+"""Of /etc/passwd and /etc/group, bytes that are read."""
+ReadFile = Callable[[str], bytes]
+"""The first ACCOUNT_FILE_MAX bytes of a file of the image, b"" without it."""
 END_GRACE_S = 10.0
 """For a command that is told to end; the first process of a container may ignore SIGTERM."""
 
@@ -82,8 +85,22 @@ class Command:
     terminal: bool
 
 
+def files_below(root: Path) -> ReadFile:
+    """Reads the files of an image that is mounted at `root`."""
+
+    def read(path: str) -> bytes:
+        try:
+            fd = linux.open_in_root(root, path)
+        except OSError:
+            return b""
+        with os.fdopen(fd, "rb") as file:
+            return file.read(ACCOUNT_FILE_MAX)
+
+    return read
+
+
 def resolve_command(
-    root: Path, config: RunConfig, override: Sequence[str], *, terminal: bool
+    read: ReadFile, config: RunConfig, override: Sequence[str], *, terminal: bool
 ) -> Command:
     """The image's command, or `override` in the place of its Cmd, as docker run has it.
 
@@ -94,7 +111,7 @@ def resolve_command(
         raise InvalidArgument(
             "the image names no command", hint="give one: imgsnap run REF -- COMMAND"
         )
-    identity = _identity(root, config.user)
+    identity = _identity(read, config.user)
     env = dict(item.split("=", 1) for item in (DEFAULT_PATH, *config.env))
     env.setdefault("HOME", identity.home)
     if terminal:
@@ -248,11 +265,11 @@ def _exit_status(code: int) -> int:
     return 128 - code if code < 0 else code
 
 
-def _identity(root: Path, user: str) -> Identity:
+def _identity(read: ReadFile, user: str) -> Identity:
     """A user of the image by the forms that `User` may have."""
     name, _, group = user.partition(":")
-    passwd = _accounts(root, "/etc/passwd", 7)
-    groups = _accounts(root, "/etc/group", 4)
+    passwd = _accounts(read, "/etc/passwd", 7)
+    groups = _accounts(read, "/etc/group", 4)
     if not name or name.isdigit():
         uid = int(name or 0)
         entry = next((e for e in passwd if e[2] == str(uid)), None)
@@ -283,14 +300,9 @@ def _number(text: str, what: str) -> int:
     return int(text)
 
 
-def _accounts(root: Path, path: str, fields: int) -> list[list[str]]:
+def _accounts(read: ReadFile, path: str, fields: int) -> list[list[str]]:
     """The well-formed lines of a passwd or group file of the image; [] without the file."""
-    try:
-        fd = linux.open_in_root(root, path)
-    except OSError:
-        return []
-    with os.fdopen(fd, "rb") as file:
-        text = file.read(ACCOUNT_FILE_MAX).decode("utf-8", "surrogateescape")
+    text = read(path).decode("utf-8", "surrogateescape")
     lines = (line.split(":") for line in text.splitlines())
     return [line for line in lines if len(line) == fields]
 

@@ -4,6 +4,7 @@ What mounts by itself is imported only then: a command that asks the daemon star
 """
 
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,13 @@ from imgsnap.node import rpc
 from imgsnap.node.places import NodePlaces
 
 if TYPE_CHECKING:
+    from imgsnap.mount.process import ProcessId
     from imgsnap.node.devices import OpenRepository
     from imgsnap.node.source import Source
     from imgsnap.node.targets import MountOptions
 
 CONNECT_TIMEOUT_S = 5.0
+RELEASE_TIMEOUT_S = 20.0
 
 
 def find_daemon(run_dir: Path) -> dict[str, Any] | None:
@@ -70,14 +73,20 @@ def mount_by_daemon(options: "MountOptions", source: "Source") -> MountRecord:
 
 
 def attach(
-    options: "MountOptions", source: "Source", *, via: str = "fuse", number: int | None = None
+    options: "MountOptions",
+    source: "Source",
+    *,
+    process: "ProcessId | None" = None,
+    via: str = "fuse",
+    number: int | None = None,
 ) -> dict[str, Any]:
     """Has a snapshot's device served as a file for VMMs, or `via` "ublk" as a disk: `path`,
     `device_size`, `id` and what else an attachment's record has.
 
-    A daemon is started when none runs, and stays. Raises what attaching raises, InvalidArgument
-    for a daemon with another cache; for a disk Unsupported without the driver, AlreadyExists when
-    the `number` it is to have is taken.
+    A daemon is started when none runs, and stays. With `process` it is attached for that process
+    alone: until `release`, at most until the process ends. Raises what attaching raises,
+    InvalidArgument for a daemon with another cache; for a disk Unsupported without the driver,
+    AlreadyExists when the `number` it is to have is taken.
     """
     from imgsnap.node.daemon import ensure_daemon
 
@@ -92,8 +101,21 @@ def attach(
         options=asdict(options.read),
         via=via,
         number=number,
+        process=[process.pid, process.start_time] if process else None,
     )
     return found
+
+
+def release(run_dir: Path, process: "ProcessId") -> None:
+    """Takes away what was attached for a process; a daemon that is gone does so later."""
+    socket = NodePlaces(Path(os.path.realpath(run_dir))).control_socket
+    with suppress(Unavailable):
+        rpc.call(
+            socket,
+            "release",
+            timeout_s=RELEASE_TIMEOUT_S,
+            process=[process.pid, process.start_time],
+        )
 
 
 def _same_place(status: dict[str, Any], options: "MountOptions") -> bool:
@@ -175,6 +197,23 @@ def attachment_of_mount(target: Path, run_dir: Path) -> tuple[Path, str]:
 
 def trace_of_mount(target: Path, run_dir: Path) -> str:
     """The trace of a mounted directory's first reads. Raises NotFound, Unavailable."""
-    socket, attachment_id = attachment_of_mount(target, run_dir)
+    return _trace(*attachment_of_mount(target, run_dir))
+
+
+def trace_of_attachment(attachment_id: str, run_dir: Path) -> str:
+    """The trace of an attached file's first reads. Raises NotFound, Unavailable."""
+    places = NodePlaces(Path(os.path.realpath(run_dir)))
+    return _trace(places.server.block_socket, attachment_id)
+
+
+def statistics_of_attachment(attachment_id: str, run_dir: Path) -> dict[str, Any]:
+    """What the block server counted for an attachment since it opened it; {} when it has not."""
+    socket = NodePlaces(Path(os.path.realpath(run_dir))).server.block_socket
+    found = rpc.call_again(socket, "status", timeout_s=CONNECT_TIMEOUT_S)
+    counts: dict[str, Any] = found["devices"].get(attachment_id, {})
+    return counts
+
+
+def _trace(socket: Path, attachment_id: str) -> str:
     text: str = rpc.call_again(socket, "trace", timeout_s=CONNECT_TIMEOUT_S, id=attachment_id)
     return text

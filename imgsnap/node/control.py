@@ -41,6 +41,8 @@ _ATTEMPTS = 3
 """At an attachment whose last user goes at the same time."""
 _ATTACHED = "attached"
 """The user that stands for `imgsnap attach`."""
+_PROCESS = "process-"
+"""Begins the user that stands for a process: for as long as that lives."""
 _log = logging.getLogger(__name__)
 
 
@@ -63,6 +65,7 @@ class Control:
             "umount": self.umount,
             "attach": self.attach,
             "detach": self.detach,
+            "release": self.release,
             "attachments": self.attachments,
         }
 
@@ -118,8 +121,20 @@ class Control:
         """Serves a snapshot's device as a file for VMMs, or `via` ublk as a disk (`number`, if it
         is to be a certain one), until `detach`; as `attachments` has it.
 
-        Once for all of them: who attaches it again gets the same file.
+        Once for all of them: who attaches it again gets the same file. With `process` (pid and
+        start time) for that process alone: until `release`, or the end of the process.
         """
+        user = _user(args)
+        self._forget_dead()
+        if user == _ATTACHED:
+            return self._attach_for(user, args)
+        with self._lock(user):  # a release waits for this
+            attached = self._attach_for(user, args)
+            if not _alive(user):  # it asks for no release any more
+                self._leave(attached["id"], user, lazy=True)
+            return attached
+
+    def _attach_for(self, user: str, args: dict[str, Any]) -> dict[str, Any]:
         source, ublk = Source.from_json(args["source"]), args.get("via") == "ublk"
         if ublk:
             from imgsnap.ublk.control import check_driver
@@ -137,7 +152,7 @@ class Control:
                 if path is not None and path.exists():
                     users = self.places.users(attachment.id)
                     users.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    (users / _ATTACHED).touch()
+                    (users / user).touch()
                     size = align_up(attachment.size, DEVICE_ALIGNMENT)
                     return {**attachment.to_json(), "path": str(path), "device_size": size}
         raise Busy(f"{options.reference} is being detached by others")
@@ -148,16 +163,16 @@ class Control:
         attachment_id, lazy = str(args["id"]), bool(args.get("lazy"))
         if "/" in attachment_id or not (self.places.users(attachment_id) / _ATTACHED).exists():
             raise NotFound(f"{attachment_id[:100]} is not attached", hint="imgsnap attachments")
-        device = self.places.server.device(attachment_id)
-        if attachment_id.endswith(UBLK):
-            with contextlib.suppress(NotFound):
-                self._block("detach", id=attachment_id, lazy=lazy)
-        elif not lazy and (users := processes_with_open(device)):
-            raise Busy(
-                f"{device} is open in process {users[0]}",
-                hint="end what uses it, or detach it with --lazy",
-            )
-        self._leave(attachment_id, _ATTACHED, lazy=True)
+        if not attachment_id.endswith(UBLK):  # of a disk the kernel tells more
+            device = self.places.server.device(attachment_id)
+            users = [] if lazy else processes_with_open(device)
+            if users:
+                raise Busy(
+                    f"{device} is open in process {users[0]}",
+                    hint="end what uses it, or detach it with --lazy",
+                )
+            lazy = True
+        self._leave(attachment_id, _ATTACHED, lazy=lazy)
 
     def _path(self, attachment_id: str) -> Path | None:
         """The file or disk of an attachment; None when it has no disk now."""
@@ -166,6 +181,27 @@ class Control:
 
             return disk_of(self.places.server.ublk, attachment_id)
         return self.places.server.device(attachment_id)
+
+    def release(self, args: dict[str, Any]) -> None:
+        """Takes away what was attached for a process alone, after an attach that is under way."""
+        user = _user(args)
+        with self._lock(user):
+            for attachment_id, name in self._users():
+                if name == user:
+                    self._leave(attachment_id, user, lazy=True)
+        with self._locks_lock:
+            self._locks.pop(user, None)
+
+    def _forget_dead(self) -> None:
+        for attachment_id, user in self._users():
+            if user.startswith(_PROCESS) and not _alive(user):
+                self._leave(attachment_id, user, lazy=True)
+
+    def _users(self) -> list[tuple[str, str]]:
+        """Attachments' ids and their users' names."""
+        users = self.places.users("")
+        attachments = list(users.iterdir()) if users.is_dir() else []
+        return [(found.name, user.name) for found in attachments for user in found.iterdir()]
 
     def _attached(self, options: MountOptions, source: Source, kind: str = "") -> Attachment:
         return Attachment.from_json(
@@ -295,12 +331,10 @@ class Control:
                 with contextlib.suppress(ImgsnapError):
                     self._remove(record, lazy=True)
         known = {_ATTACHED, *(record.instance for record in self._records.all())}
-        users = self.places.users("")
-        for attachment in users.iterdir() if users.is_dir() else ():
-            for instance in [path.name for path in attachment.iterdir()]:
-                if instance not in known:
-                    with contextlib.suppress(ImgsnapError, OSError):
-                        self._leave(attachment.name, instance, lazy=True)
+        for attachment_id, user in self._users():
+            if user not in known and not _alive(user):
+                with contextlib.suppress(ImgsnapError, OSError):
+                    self._leave(attachment_id, user, lazy=True)
 
     def _remove(self, record: MountRecord, *, lazy: bool) -> None:
         in_use = not teardown.unmount_gently(record, lazy=lazy)
@@ -326,8 +360,14 @@ class Control:
             with contextlib.suppress(NotFound):  # the directory could not even be made
                 attach.unmount(tree, lazy=lazy, retry=True)
             attach.remove_directory(tree)
-            with contextlib.suppress(NotFound):
-                self._block("detach", id=attachment_id)
+            try:
+                self._block("detach", id=attachment_id, lazy=lazy)
+            except NotFound:
+                pass
+            except Busy:  # a disk: it stays as it was
+                users.mkdir(mode=0o700)
+                (users / instance).touch()
+                raise
 
     @contextlib.contextmanager
     def _target_lock(self, record_id: str) -> Iterator[None]:
@@ -347,3 +387,22 @@ class Control:
             lock = self._locks.setdefault(attachment_id, threading.Lock())
         with lock:
             yield
+
+
+def _user(args: dict[str, Any]) -> str:
+    """The name of who attaches. Raises InvalidArgument."""
+    process = args.get("process")
+    if process is None:
+        return _ATTACHED
+    try:
+        pid, start_time = map(int, process)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument("a process is its pid and its start time") from error
+    return f"{_PROCESS}{pid}-{start_time}"
+
+
+def _alive(user: str) -> bool:
+    """Whether a user is a process that lives."""
+    pid, _, start_time = user.removeprefix(_PROCESS).partition("-")
+    known = user.startswith(_PROCESS) and pid.isdigit() and start_time.isdigit()
+    return known and ProcessId(int(pid), int(start_time)).alive

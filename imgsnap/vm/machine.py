@@ -21,11 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from imgsnap.errors import ImgsnapError, InvalidArgument, Unavailable
+from imgsnap.errors import InvalidArgument, OutOfTime, Unavailable
 from imgsnap.vm.qemu import Boot, Hardware, command_line
 
-BOOT_LIMIT_S = 180.0
-"""From the start of QEMU to the mounted root; under emulation on a busy host it takes 10 s."""
+START_LIMIT_S = 90.0
+"""From the start of QEMU to the guest's init; under emulation on a busy host it takes 10 s."""
+READY_LIMIT_S = 180.0
+"""From there to the mounted root: as long as a registry may take over it."""
 SCRIPT_MAX = 2048
 """Bytes of one script: the guest's side of the line has a buffer of 4096."""
 _LOG_MAX = 64 << 10
@@ -39,12 +41,6 @@ Output = Callable[[bytes], None]
 
 class GuestStopped(Unavailable):
     """The guest or its QEMU ended, or never came up."""
-
-
-class TimeOver(ImgsnapError):
-    """The guest did not do it in the time it had."""
-
-    exit_code = 124  # as timeout(1)
 
 
 class Machine:
@@ -106,11 +102,24 @@ class Machine:
         self._control.close()
         self._errors.close()
 
-    def wait_ready(self, limit_s: float = BOOT_LIMIT_S) -> None:
-        """Returns when the guest's root is mounted. Raises GuestStopped, TimeOver."""
-        word, _ = self._answer(time.monotonic() + limit_s, self._keep, None)
-        if word != "ready":
-            raise GuestStopped(f"the guest said {word!r} before it was ready")
+    def wait_started(self, limit_s: float = START_LIMIT_S) -> None:
+        """Returns when the guest's kernel is up. Raises GuestStopped, also for the time."""
+        self._expect("started", limit_s)
+
+    def wait_ready(self, limit_s: float = READY_LIMIT_S) -> None:
+        """Returns when the guest's root is mounted, after `wait_started`. Raises GuestStopped, also
+        for the time."""
+        self._expect("ready", limit_s)
+
+    def _expect(self, wanted: str, limit_s: float) -> None:
+        try:
+            word, _ = self._answer(time.monotonic() + limit_s, self._keep, None)
+        except OutOfTime as error:
+            raise GuestStopped(
+                f"the guest did not say {wanted!r} within {limit_s:g} s", hint=error.hint
+            ) from error
+        if word != wanted:
+            raise GuestStopped(f"the guest said {word!r} before it was {wanted}")
 
     def run(
         self,
@@ -124,7 +133,7 @@ class Machine:
 
         The console's bytes go to `output`; what can be read from the descriptor `keyboard` goes to
         the console. Raises InvalidArgument for a script over SCRIPT_MAX bytes, GuestStopped,
-        TimeOver.
+        OutOfTime.
         """
         encoded = base64.b64encode(script.encode())
         if len(script.encode()) > SCRIPT_MAX:
@@ -161,7 +170,7 @@ class Machine:
         """Waits for one thing to happen on any side, and passes it on."""
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
-            raise TimeOver("the guest's time is over", hint=self._hint())
+            raise OutOfTime("the guest's time is over", hint=self._hint())
         sides: list[socket.socket | int] = [self._control, self._console]
         sides += [] if keyboard is None else [keyboard]
         ready, _, _ = select.select(sides, [], [], left)

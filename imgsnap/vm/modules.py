@@ -22,6 +22,9 @@ MODULE_MAX = 64 << 20
 """Bytes of one module, decompressed: the largest that distributions ship have some 10 MiB."""
 _RECORD = "kernel module"
 _DEPENDS = b"\0depends="
+_DEPENDS_MAX = 4096
+_DEPTH_MAX = 64
+"""Modules that need modules; the deepest of Debian's kernels has eight."""
 
 
 def _open_zstd(path: Path) -> BinaryIO:
@@ -83,7 +86,7 @@ class ModuleTree:
         found = self._paths.get(name)
         if found is None:
             raise NotFound(f"the guest kernel has no module {name}: {self.directory}")
-        if name in path:
+        if name in path or len(path) > _DEPTH_MAX:
             raise FormatError(_RECORD, f"{name}: depends", 0, "modules depend on each other")
         data = read_module(found)
         for needed in dependencies(data):
@@ -128,8 +131,9 @@ def dependencies(module: bytes) -> list[str]:
     at = module.find(_DEPENDS)
     if at < 0:
         return []
-    end = module.index(b"\0", at + len(_DEPENDS))
-    names = module[at + len(_DEPENDS) : end].decode("ascii", "replace")
+    start = at + len(_DEPENDS)
+    value = module[start : start + _DEPENDS_MAX].partition(b"\0")[0]
+    names = value.decode("ascii", "replace")
     return [_canonical(name) for name in names.split(",") if name]
 
 

@@ -30,6 +30,7 @@ from imgsnap.formats.frame import compress, decompress
 from imgsnap.formats.layer_index import Kind
 from imgsnap.formats.rules import Rules
 from imgsnap.formats.snapshot_config import parse_config
+from imgsnap.mount.container import Command, Identity
 from imgsnap.oci.archive import DockerArchiveRepository, OciArchiveRepository
 from imgsnap.oci.auth import Scope, basic_header, parse_challenges, parse_token_answer
 from imgsnap.oci.auth import token_request as token_request_for
@@ -60,6 +61,10 @@ from imgsnap.snapshotter.labels import (
 from imgsnap.snapshotter.layer_tree import write_layer
 from imgsnap.snapshotter.rows import Kind as SnapshotKind
 from imgsnap.snapshotter.rows import Row, decode, encode
+from imgsnap.vm.initramfs import is_static
+from imgsnap.vm.kernel import kernel_version
+from imgsnap.vm.launcher import launcher
+from imgsnap.vm.modules import dependencies
 from tests.fuzz.harness import Target
 from tests.support.golden import golden_files
 from tests.support.images import Bytes
@@ -515,6 +520,32 @@ def pull_requests() -> list[bytes]:
         cri_pb2.AuthConfig(identity_token="t"),
     ]
     return [cri_pb2.PullImageRequest(image=image, auth=p).SerializeToString() for p in parts]
+
+
+def guest_programs() -> list[bytes]:
+    command = Command(("true",), ("PATH=/bin",), "/", Identity(0, 0), terminal=False)
+    return [launcher(command), b"\x7fELF\0name=erofs\0depends=libcrc32c,netfs\0"]
+
+
+@target("guest-programs", seeds=guest_programs, words=(b"\0depends=", b"\x7fELF\x02\x01"))
+def _(data: bytes) -> None:
+    assert all(name for name in dependencies(data))
+    is_static(data)
+
+
+def kernel_images() -> list[bytes]:
+    head = bytearray(0x400)
+    head[0x202:0x206], head[0x20E:0x210] = b"HdrS", b"\x80\0"
+    head[0x280:0x290] = b"6.12.0 (x@y) #1\0"
+    return [bytes(head)]
+
+
+@target("guest-kernel", seeds=kernel_images)
+def _(data: bytes) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "vmlinuz"
+        path.write_bytes(data)
+        kernel_version(path)
 
 
 @target("pull-request", seeds=pull_requests)

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 from imgsnap.vm.initramfs import guest
-from imgsnap.vm.machine import GuestStopped, Machine, TimeOver, write_initramfs
+from imgsnap.vm.machine import GuestStopped, Machine, write_initramfs
 from imgsnap.vm.modules import ModuleTree
 from imgsnap.vm.qemu import Accelerator, Boot, Drive, Hardware
 from tests.support.cli import REPOSITORY
@@ -124,8 +124,9 @@ def _booted(qemu: str, hardware: Hardware, boot: Boot) -> Iterator[Machine]:
         with Machine(qemu, hardware, boot) as machine:
             begin = time.monotonic()
             try:
+                machine.wait_started(BOOT_LIMIT_S)
                 machine.wait_ready(BOOT_LIMIT_S)
-            except (GuestStopped, TimeOver) as error:
+            except GuestStopped as error:
                 _say(f"boot {attempt} of {BOOT_TRIES} failed: {error} ({error.hint})")
                 _say(machine.boot_log())
                 if attempt == BOOT_TRIES or "did not come up" in str(error):  # not the emulator's

@@ -2,6 +2,7 @@
 # Process 1 of a guest. Mounts the snapshot (/dev/vda, EROFS) below a writable overlay and then does
 # what the host asks for over the control line, the second serial port, one line each way:
 #
+#   guest: started                    the kernel is up
 #   guest: ready                      the root is mounted; it is at "." and at /
 #   host:  run TOKEN BASE64           a shell script, run with the console as its terminal
 #   guest: exit TOKEN STATUS          how it ended
@@ -18,6 +19,7 @@ console=/dev/ttyS0
 control=/dev/ttyS1
 stty -F "$control" raw -echo
 exec 3<>"$control"
+echo started >&3
 
 failed() {
     echo "failed $1" >&3
@@ -26,10 +28,12 @@ failed() {
 }
 
 # Words of the kernel's command line that begin with imgsnap. are for us.
-scratch=
+scratch= address= gateway=
 for word in $(cat /proc/cmdline); do
     case $word in
         imgsnap.scratch=*) scratch=${word#*=} ;;
+        imgsnap.address=*) address=${word#*=} ;;
+        imgsnap.gateway=*) gateway=${word#*=} ;;
     esac
 done
 
@@ -47,6 +51,12 @@ wait_for() { # DEVICE: discovery goes on after the module is loaded
         sleep 0.05
     done
 }
+
+ip link set lo up
+if [ -n "$address" ]; then
+    said=$(ip addr add "$address" dev eth0 2>&1 && ip link set eth0 up 2>&1 &&
+        ip route add default via "$gateway" 2>&1) || failed "the network: $said"
+fi
 
 wait_for /dev/vda
 mkdir -p /mnt/image /mnt/upper
@@ -79,6 +89,7 @@ done
 # The image's root on top of ours: commands see it as / in their mount table. This process still has
 # its own files below the first root.
 mount -o move . /
+echo imgsnap >/proc/sys/kernel/hostname
 stty -F "$console" raw -echo
 
 echo ready >&3
