@@ -63,7 +63,9 @@ class Queue:
             prot=mmap.PROT_READ,
             offset=uapi.descriptions_offset(number),
         )
-        self._pool = mmap.mmap(-1, shape.depth * shape.request_max)
+        # Private: of shared memory MADV_DONTNEED frees nothing.
+        kind = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._pool = mmap.mmap(-1, shape.depth * shape.request_max, flags=kind)
         self._answering = 0
         self._used = False
         self._address = addressof(c_char.from_buffer(self._pool))

@@ -71,6 +71,7 @@ def test_a_mounted_disk_has_the_images_files(guest: Guest) -> None:
     [
         "disk_is_the_device",
         "parallel_reads",
+        "idle_memory_is_given_back",
         "killed_with_reads_in_flight",
         "stopped_server_stalls_and_loses_nothing",
         "detach_while_in_use",

@@ -204,6 +204,21 @@ def parallel_reads() -> None:
     assert not io_errors()
 
 
+def idle_memory_is_given_back() -> None:
+    def resident() -> int:
+        """KiB of the server's own memory."""
+        text = Path(f"/proc/{server()}/status").read_text()
+        return int(text.partition("RssAnon:")[2].split()[0])
+
+    with attached(BIG) as disk:
+        model = MODELS[BIG].read_bytes()
+        join(read_in_threads(disk, model, 8, 20))
+        used = resident()
+        wait_for(lambda: resident() < used - 256, "the buffers' end")
+        print(f"{used} KiB, idle {resident()} KiB")
+        join(read_in_threads(disk, model, 2, 5))
+
+
 def killed_with_reads_in_flight() -> None:
     with attached(BIG) as disk:
         model = MODELS[BIG].read_bytes()
