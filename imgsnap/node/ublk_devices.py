@@ -180,7 +180,8 @@ class UblkDevices:
         """A disk that was detached before, or is lost, is gone: so is its attachment."""
         found = self._table.by_number(record.attachment.number)
         if found is not None and found.id == record.attachment.id:
-            self._table.detach(found)
+            if not found.detached:  # else its id may be that of a later attachment by now
+                self._table.detach(found)
             self._catalog.forgotten(found.number)
 
     def _driver(self) -> UblkControl:

@@ -293,8 +293,9 @@ def detach_while_in_use() -> None:
         print("tree", tree_digest(tree))
         assert disk.exists()
     wait_for(lambda: not disk.exists(), "the disk's end")
-    assert other.exists()
+    assert other.exists() and str(other) in cli("attachments")
     cli("detach", str(other))
+    assert not other.exists()
     assert not io_errors(), io_errors()
 
 
