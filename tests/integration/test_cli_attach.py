@@ -86,3 +86,11 @@ def test_what_is_refused(node: Node, cli: Cli, snapshot):
     cli.fails(4, "attach", "store:missing")
     cli.fails(4, "detach", "0" * 64)
     cli.fails(4, "detach", "../..")
+
+
+@pytest.mark.skipif(Path("/dev/ublk-control").exists(), reason="this kernel has the driver")
+def test_a_disk_without_the_driver(node: Node, cli: Cli, snapshot):
+    said = cli.fails(8, "attach", "--via", "ublk", snapshot)
+    assert "no ublk driver" in said and "CONFIG_BLK_DEV_UBLK" in said and "--via fuse" in said
+    cli.fails(2, "attach", "--ublk-id", "3", snapshot, hint=False)
+    assert cli("attachments", "--format", "json").json["attachments"] == []
