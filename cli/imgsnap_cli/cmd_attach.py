@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from imgsnap.errors import InvalidArgument
 from imgsnap_cli.attached import as_json
 from imgsnap_cli.output import print_json
 from imgsnap_cli.places import (
@@ -20,6 +21,8 @@ from imgsnap_cli.settings import Settings
 
 VMMS = ("qemu", "qemu-microvm", "firecracker", "firecracker-pmem", "cloud-hypervisor", "kata")
 """As `imgsnap.vm.formats.FORMATS` has them."""
+UBLK_ID_MAX = (1 << 20) - 1
+"""Of a device's minor number."""
 
 
 @click.command(short_help="Attach a snapshot as a block source for VMs")
@@ -35,6 +38,14 @@ VMMS = ("qemu", "qemu-microvm", "firecracker", "firecracker-pmem", "cloud-hyperv
     show_default=True,
     help="What to print: a VMM's name for its options or API's JSON",
 )
+@click.option(
+    "--via",
+    type=click.Choice(["fuse", "ublk"]),
+    default="fuse",
+    show_default=True,
+    help="A file, or a disk /dev/ublkbN where the kernel has ublk",
+)
+@click.option("--ublk-id", type=click.IntRange(0, UBLK_ID_MAX), help="N of the disk to make")
 @registry_flags
 @click.pass_obj
 def command(
@@ -46,18 +57,23 @@ def command(
     prefetch: str,
     prefetch_rate: str | None,
     format_: str,
+    via: str,
+    ublk_id: int | None,
     **flags: Any,
 ) -> None:
-    """Attach the snapshot REF: a read-only file that any number of VMs use as their root disk.
+    """Attach the snapshot REF: a read-only file or disk that any number of VMs use as their root.
 
     Bytes are fetched as they are read. The file's size is a multiple of 2 MiB. It stays until
     `imgsnap detach`; a node daemon serves it, and is started if none runs.
     """
     from imgsnap.node.client import attach
 
+    if ublk_id is not None and via != "ublk":
+        raise InvalidArgument("--ublk-id is for --via ublk")
     places = Places(settings, flags)
     read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate)
-    found = attach(*places.mount_arguments(ref, Path("/"), platform, False, read)[:2])
+    options, source = places.mount_arguments(ref, Path("/"), platform, False, read)[:2]
+    found = attach(options, source, via=via, number=ublk_id)
     if format_ in VMMS:
         from imgsnap.vm.formats import FORMATS
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from imgsnap.blockstore.completion import Completion
+from imgsnap.blockstore.content import FetchDone
 from imgsnap.blockstore.extent_cache import ExtentPool
 from imgsnap.blockstore.fetch_queue import Batch, ChunkSource, Priority
 from imgsnap.blockstore.fetcher import Fetcher
@@ -35,9 +36,6 @@ WARM_BATCHES = 5
 COMPLETE_CHECK_READS = 1024
 """How often the reader looks whether all chunks are here: a byte per chunk is counted."""
 _WAIT_MARGIN_S = 5.0
-
-FetchDone = Callable[[memoryview | None, BaseException | None], None]
-"""Gets the bytes or the reason why there are none."""
 
 _log = logging.getLogger(__name__)
 

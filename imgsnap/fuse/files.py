@@ -6,33 +6,14 @@ twice, so the kernel may cache for ever.
 """
 
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+from imgsnap.blockstore.content import FileContent
 from imgsnap.fuse.protocol import NAME_MAX, ROOT_ID, directory_entry
 
 DEVICE_FILE = "layer.erofs"
 """The file's name in its directory; Kata's runtime knows block devices by it."""
-
-FetchDone = Callable[[memoryview | None, BaseException | None], None]
-
-
-class FileContent(Protocol):
-    """A file's bytes, as `imgsnap.blockstore.reader.BlockReader` gives them."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def exact(self) -> bool:
-        """Whether the kernel is to ask for what is read and no more: it then neither caches nor
-        reads ahead what it opens."""
-
-    def read_into(self, view: memoryview, offset: int) -> bool:
-        """Fills `view` if that needs no waiting; False otherwise."""
-
-    def fetch(self, offset: int, length: int, done: FetchDone) -> None:
-        """Calls `done` once with the bytes or an error, from any thread."""
 
 
 class Catalog(Protocol):

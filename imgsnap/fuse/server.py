@@ -17,9 +17,10 @@ import threading
 import time
 from collections.abc import Callable
 
+from imgsnap.blockstore.content import FileContent
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.fuse import protocol
-from imgsnap.fuse.files import Catalog, FileContent, FileTree
+from imgsnap.fuse.files import Catalog, FileTree
 from imgsnap.fuse.protocol import IN_HEADER_SIZE, OUT_HEADER_SIZE, Opcode, OpenFlag
 from imgsnap.fuse.session import FuseSession
 

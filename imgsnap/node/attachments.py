@@ -25,6 +25,8 @@ from imgsnap.node.source import Source
 RECORD_VERSION = 1
 DISK = ".disk"
 """Ends the id of an attachment whose file VMMs read, beside one that EROFS is mounted from."""
+UBLK = ".ublk"
+"""Ends the id of one that is a disk of its own, and no file."""
 ID_LENGTH_MAX = 128
 
 

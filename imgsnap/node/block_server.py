@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from imgsnap.blockstore.cache_pins import Part, Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.node_cache import NodeCache
@@ -27,13 +27,16 @@ from imgsnap.fuse.server import FuseServer
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import linux
 from imgsnap.mount.boot_phase import BootPhase
-from imgsnap.node.attachments import DISK, Attachment, AttachmentTable
+from imgsnap.node.attachments import UBLK, Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
 from imgsnap.node.process_usage import process_usage
 from imgsnap.node.rpc import Answer, Server
 from imgsnap.node.source import Source
 from imgsnap.oci.platforms import parse_platform
+
+if TYPE_CHECKING:
+    from imgsnap.node.ublk_devices import UblkDevices
 
 BOOT_ANSWER_S = 2.0
 """How long an attach waits to learn whether there is a boot pack; mostly it knows by then."""
@@ -80,6 +83,7 @@ class BlockServer:
         self._repositories = Repositories(open_repository)
         self._table = AttachmentTable(settings.places.attachments)
         self._catalog = DeviceCatalog(self._table, self._store, self._repositories)
+        self._ublk: UblkDevices | None = None  # until there is a disk; most servers have none
         self._starts: list[BootPhase] = []
         self._attaching = threading.Lock()
         self._pinning = threading.Lock()
@@ -98,6 +102,8 @@ class BlockServer:
             on_end=lambda: signal.pthread_kill(own, _ENDED),
         )
         fuse.start()
+        if self._settings.places.ublk.is_dir():
+            self._disks().start_recovery()
         Server(self._listener, self._handlers()).start()
         if ready >= 0:
             os.write(ready, b"\n")
@@ -107,6 +113,8 @@ class BlockServer:
             fuse.join(_END_S)
         for served in self._catalog.opened():
             self._log_statistics(served.device)
+        if self._ublk is not None:
+            self._ublk.abandon()
         self._store.close()
         self._catalog.close()
         self._repositories.close()
@@ -120,6 +128,8 @@ class BlockServer:
             info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
             if info is None:
                 self._store.fetcher.expire()
+                if self._ublk is not None:
+                    self._ublk.look_after()
                 self._starts = [start for start in self._starts if not start.check()]
                 continue
             _log.info("ending on %s", signal.Signals(info.si_signo).name)
@@ -139,6 +149,7 @@ class BlockServer:
             "detach": self._detach,
             "explain": self._explain,
             "list": self._list,
+            "publish": self._publish,
             "status": self._status,
             "take": self._take,
             "starting": self._starting,
@@ -160,7 +171,7 @@ class BlockServer:
         snapshot = device.snapshot
         attachment = Attachment(
             number=0,
-            id=digest_hex(snapshot.manifest.digest) + (DISK if options.disk else ""),
+            id=digest_hex(snapshot.manifest.digest) + args.get("kind", ""),
             source=source,
             repository=snapshot.repository.name,
             manifest_digest=snapshot.manifest.digest,
@@ -179,6 +190,21 @@ class BlockServer:
         _log.info("attached %s", kept.manifest_digest)
         return kept.to_json()
 
+    def _publish(self, args: dict[str, Any]) -> str:
+        """Shows an attachment as a ublk disk, if it is not yet; the disk's path."""
+        attachment = self._table.by_id(args["id"])
+        if attachment is None:
+            raise NotFound(f"{args['id']} is not attached")
+        return str(self._disks().publish(attachment, args.get("number")))
+
+    def _disks(self) -> "UblkDevices":
+        with self._attaching:
+            if self._ublk is None:
+                from imgsnap.node.ublk_devices import UblkDevices
+
+                self._ublk = UblkDevices(self._settings.places.ublk, self._table, self._catalog)
+            return self._ublk
+
     def _pin(self, attachment: Attachment, parts: frozenset[Part]) -> None:
         """What is attached must open again while the registry is away."""
         digest, holder = attachment.manifest_digest, self._settings.pin_holder
@@ -191,15 +217,24 @@ class BlockServer:
                 _log.warning("%s is not pinned: %s", digest, error)
 
     def _detach(self, args: dict[str, Any]) -> None:
-        """Takes the device's name away; its bytes are served until the kernel forgets it."""
+        """Takes the device's name away; its bytes are served until the kernel forgets it. Raises
+        NotFound; Busy for a ublk disk that is in use, unless `lazy`."""
+        attachment = self._table.by_id(args["id"])
+        if attachment is None:
+            raise NotFound(f"{args['id']} is not attached")
+        disk = attachment.id.endswith(UBLK)
+        gone = disk and self._disks().leave(attachment, lazy=bool(args.get("lazy")))
         with self._attaching:
-            attachment = self._table.by_id(args["id"])
-            if attachment is None:
-                raise NotFound(f"{args['id']} is not attached")
+            if self._table.by_id(attachment.id) is None:
+                raise NotFound(f"{attachment.id} has been detached meanwhile")
             self._table.detach(attachment)
             if self._settings.pin_holder:
                 with self._pinning, suppress(NotFound):
                     unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
+        if disk:
+            if gone:
+                self._catalog.forgotten(attachment.number)
+            return
         known = 0
         directory = directory_node(attachment.number)
         for parent, name in (

@@ -74,14 +74,20 @@ def mount_by_daemon(options: "MountOptions", source: "Source") -> MountRecord:
 
 
 def attach(
-    options: "MountOptions", source: "Source", *, process: "ProcessId | None" = None
+    options: "MountOptions",
+    source: "Source",
+    *,
+    process: "ProcessId | None" = None,
+    via: str = "fuse",
+    number: int | None = None,
 ) -> dict[str, Any]:
-    """Has a snapshot's device served as a file for VMMs: `path`, `device_size`, `id` and what else
-    an attachment's record has.
+    """Has a snapshot's device served as a file for VMMs, or `via` "ublk" as a disk: `path`,
+    `device_size`, `id` and what else an attachment's record has.
 
     A daemon is started when none runs, and stays. With `process` it is attached for that process
     alone: until `release`, at most until the process ends. Raises what attaching raises,
-    InvalidArgument for a daemon with another cache.
+    InvalidArgument for a daemon with another cache; for a disk Unsupported without the driver,
+    AlreadyExists when the `number` it is to have is taken.
     """
     from imgsnap.node.daemon import ensure_daemon
 
@@ -94,6 +100,8 @@ def attach(
         reference=options.reference,
         platform=str(options.platform) if options.platform else None,
         options=asdict(options.read),
+        via=via,
+        number=number,
         process=[process.pid, process.start_time] if process else None,
     )
     return found

@@ -25,7 +25,7 @@ from imgsnap.mount.process import ProcessId, processes_with_open
 from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
 from imgsnap.node import rpc
 from imgsnap.node.attached_tree import mount_attached
-from imgsnap.node.attachments import Attachment
+from imgsnap.node.attachments import DISK, UBLK, Attachment
 from imgsnap.node.devices import DEVICE_ALIGNMENT
 from imgsnap.node.direct_mount import mount_direct, release
 from imgsnap.node.places import NodePlaces
@@ -109,11 +109,10 @@ class Control:
         for attachment in found:
             users = self.places.users(attachment["id"])
             names = [path.name for path in users.iterdir()] if users.is_dir() else []
-            device = self.places.server.device(attachment["id"])
             attachment |= {
                 "users": len(names),
                 "attached": _ATTACHED in names,
-                "path": str(device),
+                "path": str(self._path(attachment["id"]) or ""),
                 "device_size": align_up(attachment["size"], DEVICE_ALIGNMENT),
             }
         return found
@@ -133,7 +132,8 @@ class Control:
     # Attaching -------------------------------------------------------------------------------
 
     def attach(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Serves a snapshot's device as a file for VMMs, until `detach`; as `attachments` has it.
+        """Serves a snapshot's device as a file for VMMs, or `via` ublk as a disk (`number`, if it
+        is to be a certain one), until `detach`; as `attachments` has it.
 
         Once for all of them: who attaches it again gets the same file. With `process` (pid and
         start time) for that process alone: until `release`, or the end of the process.
@@ -149,33 +149,52 @@ class Control:
             return attached
 
     def _attach_for(self, user: str, args: dict[str, Any]) -> dict[str, Any]:
-        source = Source.from_json(args["source"])
+        source, ublk = Source.from_json(args["source"]), args.get("via") == "ublk"
+        if ublk:
+            from imgsnap.ublk.control import check_driver
+
+            check_driver()
         options = replace(self._options({**args, "target": "/"}), run_dir=self._run_dir)
         options = replace(options, read=replace(options.read, disk=True))
         for _ in range(_ATTEMPTS):
-            attachment = self._attached(options, source)
+            attachment = self._attached(options, source, UBLK if ublk else DISK)
             with self._lock(attachment.id):
-                users = self.places.users(attachment.id)
-                users.mkdir(parents=True, exist_ok=True, mode=0o700)
-                (users / user).touch()
-                if self.places.server.device(attachment.id).exists():
-                    return self._described(attachment)
+                if ublk:
+                    with contextlib.suppress(NotFound):  # detached between the two
+                        self._block("publish", id=attachment.id, number=args.get("number"))
+                path = self._path(attachment.id)
+                if path is not None and path.exists():
+                    users = self.places.users(attachment.id)
+                    users.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    (users / user).touch()
+                    size = align_up(attachment.size, DEVICE_ALIGNMENT)
+                    return {**attachment.to_json(), "path": str(path), "device_size": size}
         raise Busy(f"{options.reference} is being detached by others")
 
     def detach(self, args: dict[str, Any]) -> None:
-        """Takes an attached device's file away. Raises NotFound; Busy while a process has it open,
-        unless `lazy`: such processes then read on."""
-        attachment_id = str(args["id"])
-        device = self.places.server.device(attachment_id)
+        """Takes an attached device's file or disk away. Raises NotFound; Busy while it is open,
+        unless `lazy`: who has it open then reads on."""
+        attachment_id, lazy = str(args["id"]), bool(args.get("lazy"))
         if "/" in attachment_id or not (self.places.users(attachment_id) / _ATTACHED).exists():
             raise NotFound(f"{attachment_id[:100]} is not attached", hint="imgsnap attachments")
-        users = [] if args.get("lazy") else processes_with_open(device)
-        if users:
-            raise Busy(
-                f"{device} is open in process {users[0]}",
-                hint="end what uses it, or detach it with --lazy",
-            )
-        self._leave(attachment_id, _ATTACHED, lazy=True)
+        if not attachment_id.endswith(UBLK):  # of a disk the kernel tells more
+            device = self.places.server.device(attachment_id)
+            users = [] if lazy else processes_with_open(device)
+            if users:
+                raise Busy(
+                    f"{device} is open in process {users[0]}",
+                    hint="end what uses it, or detach it with --lazy",
+                )
+            lazy = True
+        self._leave(attachment_id, _ATTACHED, lazy=lazy)
+
+    def _path(self, attachment_id: str) -> Path | None:
+        """The file or disk of an attachment; None when it has no disk now."""
+        if attachment_id.endswith(UBLK):
+            from imgsnap.node.ublk_devices import disk_of
+
+            return disk_of(self.places.server.ublk, attachment_id)
+        return self.places.server.device(attachment_id)
 
     def release(self, args: dict[str, Any]) -> None:
         """Takes away what was attached for a process alone, after an attach that is under way."""
@@ -198,7 +217,7 @@ class Control:
         attachments = list(users.iterdir()) if users.is_dir() else []
         return [(found.name, user.name) for found in attachments for user in found.iterdir()]
 
-    def _attached(self, options: MountOptions, source: Source) -> Attachment:
+    def _attached(self, options: MountOptions, source: Source, kind: str = "") -> Attachment:
         return Attachment.from_json(
             self._block(
                 "attach",
@@ -207,12 +226,9 @@ class Control:
                 reference=options.reference,
                 platform=str(options.platform) if options.platform else None,
                 options=asdict(options.read),
+                kind=kind,
             )
         )
-
-    def _described(self, attachment: Attachment) -> dict[str, Any]:
-        path = self.places.server.device(attachment.id)
-        return {**attachment.to_json(), "path": str(path), "device_size": path.stat().st_size}
 
     # Mounting --------------------------------------------------------------------------------
 
@@ -360,8 +376,14 @@ class Control:
             with contextlib.suppress(NotFound):  # the directory could not even be made
                 attach.unmount(tree, lazy=lazy, retry=True)
             attach.remove_directory(tree)
-            with contextlib.suppress(NotFound):
-                self._block("detach", id=attachment_id)
+            try:
+                self._block("detach", id=attachment_id, lazy=lazy)
+            except NotFound:
+                pass
+            except Busy:  # a disk: it stays as it was
+                users.mkdir(mode=0o700)
+                (users / instance).touch()
+                raise
 
     @contextlib.contextmanager
     def _target_lock(self, record_id: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from imgsnap.blockstore.node_cache import remove_tree
 from imgsnap.errors import (
     AlreadyExists,
     Busy,
@@ -219,8 +220,8 @@ def upgrade(run_dir: Path) -> dict[str, object]:
 def stop_daemon(run_dir: Path, cache_dir: Path, *, force: bool) -> None:
     """Ends control process, supervisor and block server.
 
-    Raises NotFound when none of them runs, Busy while snapshots are mounted unless `force`
-    detaches them.
+    Raises NotFound when none of them runs, Busy while snapshots are mounted or disks in use unless
+    `force` takes them away.
     """
     run_dir = Path(os.path.realpath(run_dir))
     places = NodePlaces(run_dir)
@@ -233,6 +234,11 @@ def stop_daemon(run_dir: Path, cache_dir: Path, *, force: bool) -> None:
             f"{len(mounted)} snapshots are mounted, for example on {mounted[0].target}",
             hint="unmount them (imgsnap umount --all), or stop with --force",
         )
+    from imgsnap.node.ublk_devices import refuse_in_use, remove_disks
+
+    disks = places.server.ublk
+    if not force:
+        refuse_in_use(disks)
     for record in mounted:
         Control(run_dir, cache_dir).umount({"target": record.target, "lazy": True})
     if control is not None:
@@ -241,6 +247,8 @@ def stop_daemon(run_dir: Path, cache_dir: Path, *, force: bool) -> None:
         rpc.call(places.server.supervisor_socket, "stop", timeout_s=5.0, force=force)
         if not supervisor.wait(_END_GRACE_S):
             supervisor.end(_END_GRACE_S)
+    for attachment_id in remove_disks(disks):
+        remove_tree(places.users(attachment_id))
 
 
 def _pid(path: Path) -> ProcessId | None:

@@ -5,11 +5,11 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 
+from imgsnap.blockstore.content import FetchDone
 from imgsnap.blockstore.log_limit import RateLimit
 from imgsnap.blockstore.store import BlockStore, Device
 from imgsnap.errors import ImgsnapError, IntegrityError
-from imgsnap.fuse.files import FetchDone
-from imgsnap.node.attachments import Attachment, AttachmentTable
+from imgsnap.node.attachments import UBLK, Attachment, AttachmentTable
 from imgsnap.node.source import Source
 from imgsnap.oci.repository import Repository
 from imgsnap.units import MIB, align_up
@@ -178,7 +178,7 @@ class DeviceCatalog:
     # For the FUSE server ---------------------------------------------------------------------
 
     def number(self, name: str) -> int | None:
-        found = self._table.by_id(name)
+        found = None if name.endswith(UBLK) else self._table.by_id(name)
         return found.number if found is not None else None
 
     def content(self, number: int) -> ServedDevice | None:
@@ -186,7 +186,7 @@ class DeviceCatalog:
         return known if known is not None else self._known_since(number)
 
     def names(self) -> Iterable[tuple[int, str]]:
-        return self._table.names()
+        return [found for found in self._table.names() if not found[1].endswith(UBLK)]
 
     def forgotten(self, number: int) -> None:
         with self._lock:

@@ -13,6 +13,7 @@ class ServerPlaces:
     <root>/block.sock         calls to the block server; the supervisor keeps it open
     <root>/supervisor.sock    calls to the supervisor
     <root>/attachments/       attachments.py
+    <root>/ublk/              ublk_devices.py
     <root>/session.json       what INIT agreed on, for a supervisor that takes over
     <device_dir>/<id>/layer.erofs   the FUSE superblock with the devices
     """
@@ -32,6 +33,10 @@ class ServerPlaces:
     @property
     def attachments(self) -> Path:
         return self.root / "attachments"
+
+    @property
+    def ublk(self) -> Path:
+        return self.root / "ublk"
 
     @property
     def session(self) -> Path:

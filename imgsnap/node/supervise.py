@@ -25,6 +25,7 @@ from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import attach, linux
 from imgsnap.mount.process import ProcessId
 from imgsnap.node import rpc, systemd
+from imgsnap.node.attachments import UBLK
 from imgsnap.node.block_server import ServerSettings, start_log
 from imgsnap.node.places import NodePlaces
 from imgsnap.node.source import Source
@@ -50,6 +51,7 @@ _PRELOADED = (
     "imgsnap.blockstore.boot_stream",
     "imgsnap.formats.block_tree",
     "imgsnap.formats.boot_pack",
+    "imgsnap.node.ublk_devices",
     "imgsnap.blockstore.touches",
     "imgsnap.oci.mirrors",
     "imgsnap.oci.registry",
@@ -174,8 +176,12 @@ class NodeSupervisor:
         for tree in [*(trees.iterdir() if trees.is_dir() else ()), server.device_dir]:
             with contextlib.suppress(ImgsnapError):
                 attach.unmount(tree, lazy=True)
-        for path in (server.attachments, trees, self._places.users("")):
+        for path in (server.attachments, trees):
             remove_tree(path)
+        users = self._places.users("")
+        for path in users.iterdir() if users.is_dir() else ():
+            if not path.name.endswith(UBLK):  # disks outlive all of us, with who has them open
+                remove_tree(path)
 
     def run(self) -> int:
         systemd.notify(os.environ, "READY=1")

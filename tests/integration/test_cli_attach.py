@@ -98,3 +98,11 @@ def test_without_a_daemon_one_is_started(cli: Cli, snapshot):
     assert Path(drive["path_on_host"]).exists()
     cli("detach", drive["path_on_host"])
     cli("daemon", "stop")
+
+
+@pytest.mark.skipif(Path("/dev/ublk-control").exists(), reason="this kernel has the driver")
+def test_a_disk_without_the_driver(node: Node, cli: Cli, snapshot):
+    said = cli.fails(8, "attach", "--via", "ublk", snapshot)
+    assert "no ublk driver" in said and "CONFIG_BLK_DEV_UBLK" in said and "--via fuse" in said
+    cli.fails(2, "attach", "--ublk-id", "3", snapshot, hint=False)
+    assert cli("attachments", "--format", "json").json["attachments"] == []
