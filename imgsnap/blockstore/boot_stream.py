@@ -50,14 +50,12 @@ class BootLoader:
         self._attached = threading.Event()
         self._ended = threading.Event()
         self._found: Descriptor | None = None
-        self._snapshot: Digest | None = None
         self._chunk_map: ChunkMap | None = None
         self._local: Callable[[BootTable], bool] = lambda table: False
         self._threads: list[threading.Thread] = []
 
     def start(self, snapshot: Digest, *, ask: bool = True) -> None:
-        """Looks for the pack and fetches it, in a thread; a second call does nothing. A digest
-        that turns out to be an index's or an image's costs another look.
+        """Looks for the pack and fetches it, in a thread; a second call does nothing.
 
         Without `ask` the repository is not asked which packs there are if this node knows: for a
         snapshot whose other parts are all here, so that it needs nobody who may be away.
@@ -69,12 +67,9 @@ class BootLoader:
             self._threads.append(thread)
             thread.start()
 
-    def attach(
-        self, snapshot: Digest, chunk_map: ChunkMap, local: "Callable[[BootTable], bool]"
-    ) -> None:
-        """Which snapshot it is, and the roots to verify by; `local` tells whether all blocks of a
-        table are here anyway."""
-        self._snapshot, self._chunk_map, self._local = snapshot, chunk_map, local
+    def attach(self, chunk_map: ChunkMap, local: "Callable[[BootTable], bool]") -> None:
+        """The roots to verify by; `local` tells whether all blocks of a table are here anyway."""
+        self._chunk_map, self._local = chunk_map, local
         self._attached.set()
 
     @property
@@ -106,10 +101,6 @@ class BootLoader:
         try:
             known = None if ask else self._known(snapshot)
             self._found = known.pack if known is not None else self._ask(snapshot)
-            if self._found is None:
-                self._attached.wait()
-                if self._snapshot not in (None, snapshot):
-                    self._found = self._ask(self._snapshot)
             self._chosen.set()
             if self._found is not None:
                 self._load(self._found)

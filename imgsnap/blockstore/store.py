@@ -10,7 +10,6 @@ from imgsnap.blockstore.read_options import Prefetch, ReadOptions
 from imgsnap.blockstore.reader import BlockReader
 from imgsnap.blockstore.resolve import is_known
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
-from imgsnap.digest import as_digest
 from imgsnap.oci.repository import Platform, Repository
 
 if TYPE_CHECKING:
@@ -56,8 +55,9 @@ class BlockStore:
     ) -> Device:
         """Opens the snapshot that a tag or digest names. Raises what `open_snapshot` raises.
 
-        Its boot pack is looked for while the snapshot's parts are fetched, or its manifest if the
-        digest says enough, and not at all when everything is local.
+        Its boot pack is looked for while the snapshot's parts are fetched, and not at all when
+        everything is local. Not before, though a digest would say enough: the pack would be ahead
+        of the parts on the link, and the mount waits for these (12 to 40 ms more at 100 Mbit/s).
         """
         options = options or ReadOptions()
         boot = _boot_loader(repository, self.cache, options)
@@ -65,9 +65,6 @@ class BlockStore:
         try:
             if not is_known(repository.name, reference, self.cache, platform):
                 repository.expect(REQUESTS_AT_ONCE)
-                digest = as_digest(reference)
-                if boot is not None and digest is not None:
-                    boot.start(digest)
             snapshot = open_snapshot(
                 repository,
                 reference,
@@ -78,7 +75,7 @@ class BlockStore:
             )
             reader = self.reader(snapshot, options, boot)
             if boot is not None:
-                boot.attach(snapshot.manifest.digest, snapshot.chunk_map, reader.has_local)
+                boot.attach(snapshot.chunk_map, reader.has_local)
                 if not reader.local:
                     boot.start(snapshot.manifest.digest, ask=False)
                 elif not boot.started:

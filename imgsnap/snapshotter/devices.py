@@ -56,15 +56,17 @@ class NodeDevices:
 
         A daemon that lost its superblock, with supervisor and block server killed at once, mounts
         anew: what was shown from the old one has errors for ever. While either lives, somebody
-        listens. One without a daemon is no single file, which may be wanted.
+        listens; that is asked only when the supervisor of the mount's time has gone, because it
+        wakes the block server. One without a daemon is no single file, which may be wanted.
         """
         target = self._target(snapshot)
         shown = _file_system(target)
         if shown in (None, _file_system(target.parent)):
             return False
-        if shown == _file_system(self._places.tree(digest_hex(snapshot))):
-            return rpc.somebody_listens(self._places.server.block_socket)
         record = self._records.get(self._records.id_of(target))
+        if shown == _file_system(self._places.tree(digest_hex(snapshot))):
+            supervised = record is not None and record.server.alive
+            return supervised or rpc.somebody_listens(self._places.server.block_socket)
         return record is not None and record.direct and not self._options.one_file
 
     def file(self, repository: str, snapshot: Digest) -> Path | None:

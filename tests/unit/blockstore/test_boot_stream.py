@@ -86,22 +86,6 @@ def test_a_recorded_start_needs_one_request_more(tmp_path: Path) -> None:
     assert repository.count("open") == repository.count("referrers") == 1
 
 
-def test_a_digest_says_enough_to_look_for_the_pack(tmp_path: Path) -> None:
-    class Waiting(PackRepository):
-        def manifest(self, reference: str) -> RawManifest:
-            wait_until(lambda: self.count("open") == 1)
-            return super().manifest(reference)
-
-    repository = Waiting(sample())
-    attach_pack(repository, sample(), pack())
-    with open_store(
-        repository, tmp_path, sample().manifest.descriptor.digest, boot_pack=DEFAULT
-    ) as store:
-        for block in recorded():
-            assert read(store, block) == device_bytes(sample(), block, 1)
-    assert repository.ranges == []
-
-
 def test_an_images_digest_leads_to_the_pack_of_its_snapshot(tmp_path: Path) -> None:
     image = RawManifest(Descriptor(OCI_MANIFEST, sha256_digest(IMAGE), len(IMAGE)), IMAGE)
     repository = PackRepository()
