@@ -15,9 +15,9 @@ from imgsnap.blockstore.fetcher import Fetcher
 from imgsnap.blockstore.read_options import Prefetch
 from imgsnap.blockstore.statistics import Statistics
 
-MOST_READ = 0.5
-"""Share of the chunks that reads have brought in. Starts of real images bring up to 0.4: one that
-gets here is no start but a scan, and the link is better kept busy."""
+MOST_READ = 0.3
+"""Share of the chunks that reads have brought in. Few starts bring so much: one that does is a scan
+or as good as one, and the link is better kept busy in the gaps between its reads."""
 BATCH_ROWS = 64
 """Chunks asked for at a time: 16 MiB of the device, 5 MiB of packs."""
 BATCHES = 4

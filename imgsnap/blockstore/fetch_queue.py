@@ -161,11 +161,11 @@ class FetchQueue:
             batch.remaining += 1
             task.waiters.append(batch)
 
-    def take(self, *, demand: int, background: int) -> FetchRange | None:
-        """The next range to fetch, demand first. The arguments are how many bytes a range of each
-        kind may have, unless a single frame has more; 0 for none of that kind."""
+    def take(self, room: Mapping[Priority, int]) -> FetchRange | None:
+        """The next range to fetch, demand first. `room` is how many bytes a range of each kind may
+        have, unless a single frame has more; 0 for none of that kind."""
         for level, queue in self._levels.items():
-            size_max = demand if level is Priority.DEMAND else background
+            size_max = room[level]
             while queue and size_max:
                 task = queue.popleft()
                 if task.running or task.priority is not level or not self._queued(task):

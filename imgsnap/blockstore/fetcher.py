@@ -116,18 +116,20 @@ class Fetcher:
             self._add_thread()
 
     def _work_waits(self) -> bool:
-        demand, *background = self._queue.waiting
-        if demand and self._demand_room():
-            return True
-        return any(background) and bool(self._background_room())
+        waiting = self._queue.waiting
+        return any(waiting) and any(waiting[kind] and room for kind, room in self._room().items())
 
-    def _demand_room(self) -> int:
-        return self._flights.demand_room if self._flights.count < self._threads_max else 0
-
-    def _background_room(self) -> int:
-        if self._flights.background >= self._background_max or not self._demand_room():
-            return 0
-        return self._flights.background_room
+    def _room(self) -> dict[Priority, int]:
+        """How large the next range of each kind may be; 0 where none may begin."""
+        flights = self._flights
+        demand = flights.demand_room if flights.count < self._threads_max else 0
+        if not demand or flights.background >= self._background_max:
+            return {Priority.DEMAND: demand, Priority.READAHEAD: 0, Priority.PREFETCH: 0}
+        return {
+            Priority.DEMAND: demand,
+            Priority.READAHEAD: flights.background_room,
+            Priority.PREFETCH: flights.prefetch_room,
+        }
 
     def _add_thread(self, more: int = 0) -> None:
         if len(self._threads) < self._threads_max + more:
@@ -202,9 +204,7 @@ class Fetcher:
     def _next(self) -> Flight | None:
         with self._changed:
             while not self._closed:
-                taken = self._queue.take(
-                    demand=self._demand_room(), background=self._background_room()
-                )
+                taken = self._queue.take(self._room())
                 flight = self._flights.begin(taken) if taken else self._flights.take_late()
                 due = self._flights.next_late()
                 if flight is not None:
@@ -283,7 +283,7 @@ class Fetcher:
             _counts(source, flight.range.priority).bytes += len(data)
             source.statistics.host(stream.host).bytes += len(data)
         with self._changed:
-            limited = any(self._queue.waiting[1:]) and not self._background_room()
+            limited = any(self._queue.waiting[1:]) and not self._room()[Priority.READAHEAD]
             self._flights.arrive(flight, len(data), limited=limited)
             self._wake()
         return data

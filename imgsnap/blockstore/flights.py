@@ -1,5 +1,6 @@
 """What is in flight: ranges under way, their bytes, and which of them to ask for a second time."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from imgsnap.blockstore.fetch_queue import RANGE_SIZE_MAX, FetchRange, Priority
 from imgsnap.blockstore.link import FLIGHT_BYTES_MAX, WINDOW_MIN, Link
 from imgsnap.oci.cancellation import Cancellation
 
+READERS_PAUSE_S = 0.5
+"""Without a demand request for so long, readers are not being held up by the link."""
 HEDGE_FACTOR = 3
 """A first byte is late after so many times what 95 of 100 took."""
 HEDGE_AFTER_MIN_S = 0.05
@@ -51,6 +54,10 @@ class Flight:
         return self.range.priority is not Priority.DEMAND
 
     @property
+    def prefetch(self) -> bool:
+        return self.range.priority is Priority.PREFETCH
+
+    @property
     def awaited(self) -> bool:
         """Whether a reader waits for something of it, also one who joined it under way."""
         return any(
@@ -74,6 +81,9 @@ class Flights:
         self._latencies: deque[float] = deque(maxlen=LATENCIES_KEPT)
         self._late_after: float | None = None
         self._demanded = 0
+        self._demanded_at = -math.inf
+        self._prefetches = 0
+        self._prefetch_bytes = 0
         self._hedges = 0
 
     @property
@@ -94,6 +104,18 @@ class Flights:
         room = min(self.link.window - self._background_bytes, FLIGHT_BYTES_MAX - self._bytes)
         return min(size, room) if room >= size // 2 else 0
 
+    @property
+    def prefetch_room(self) -> int:
+        """How large a range that nobody waits for may be; 0 when none may begin.
+
+        While readers fetch, what fills the gaps between their round trips: in flight is what the
+        link carries in half of one, or a single frame. A reader finds no more before him.
+        """
+        room = self.background_room
+        if not room or self._clock() - self._demanded_at > READERS_PAUSE_S:
+            return room
+        return min(room, max(self.link.half_trip - self._prefetch_bytes, not self._prefetches))
+
     # A flight's life -------------------------------------------------------------------------
 
     def begin(self, taken: FetchRange, *, rival: Flight | None = None) -> Flight:
@@ -110,8 +132,12 @@ class Flights:
         if flight.background:
             self.background += 1
             self._background_bytes += flight.left
+            if flight.prefetch:
+                self._prefetches += 1
+                self._prefetch_bytes += flight.left
         elif rival is None and taken.pack is not None:
             self._demanded += 1
+            self._demanded_at = flight.started
         return flight
 
     def answer(self, flight: Flight) -> None:
@@ -137,12 +163,15 @@ class Flights:
         flight.answered = True
         if flight.background:
             self.background -= 1
+            self._prefetches -= flight.prefetch
 
     def _land(self, flight: Flight, size: int) -> None:
         flight.left -= size
         self._bytes -= size
         if flight.background:
             self._background_bytes -= size
+        if flight.prefetch:
+            self._prefetch_bytes -= size
 
     def cancel_all(self) -> None:
         for flight in self._flights:

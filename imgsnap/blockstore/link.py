@@ -95,6 +95,11 @@ class Link:
         return int(min(max(wanted, least), FLIGHT_BYTES_MAX))
 
     @property
+    def half_trip(self) -> int:
+        """Bytes that come in half of a round trip; 0 before anything is known."""
+        return int(self.rate * (self._round_trip_s or 0.0) / 2)
+
+    @property
     def background_range(self) -> int:
         """How much one background range may ask for."""
         size = self.window // RANGES_PER_WINDOW
