@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from harness.client import Client
+from harness.daemon import mounted_by_daemon, node_daemon
 from harness.images import Image, image_or_demo, large_file_image
 from harness.options import parser, work_directory
 from harness.plain_mount import erofs
@@ -37,6 +38,8 @@ from harness.processes import (
     probe,
 )
 from harness.report import Report, Sample, tell
+
+from imgsnap.node.client import daemon_call
 
 LIMIT_RSS = 64 << 20
 AIM_TREE = 1.3
@@ -117,12 +120,16 @@ class _Bench:
     def through_imgsnap(
         self, subject: Subject, read: Callable[[Path], Sample], *, again: bool = False
     ) -> Sample:
-        with self._client.mounted(subject.reference, self._target):
+        mount = mounted_by_daemon(
+            self._client, subject.reference, self._target, "none", one_file=True
+        )
+        with node_daemon(self._client), mount:
             heat(self._client.cache)
             if again:
                 read(self._target)
                 self._drop_above()
-            pid = self._client.server_pid(self._target)
+            status = daemon_call(self._client.run_dir, "status")
+            pid = status["supervisor"]["server"]
             before = cpu_seconds(pid)
             sample = dict(read(self._target))
             sample["server_cpu_s"] = cpu_seconds(pid) - before
@@ -145,7 +152,7 @@ class _Bench:
         for directory, _, names in os.walk(self._target):
             for name in names:
                 _drop(Path(directory, name))
-        for device in self._client.run_dir.glob("dev/*/*"):
+        for device in self._client.run_dir.glob("node/dev/*/*"):
             _drop(device)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from harness.client import Client
@@ -35,14 +36,22 @@ def node_daemon(client: Client) -> Iterator[None]:
 
 @contextmanager
 def mounted_by_daemon(
-    client: Client, reference: str, target: Path, boot_pack: str | None
+    client: Client,
+    reference: str,
+    target: Path,
+    boot_pack: str | None,
+    *,
+    one_file: bool = False,
 ) -> Iterator[float]:
-    """A mount by one call, without the start of a command; seconds that it took."""
+    """A mount by one call, without the start of a command; seconds that it took.
+
+    With `one_file` it is served though it could be mounted from the cache's files.
+    """
     places, settings = open_places(str(client.store), str(client.cache), str(client.run_dir))
     read = reading(boot_pack_names(boot_pack), "off")
-    arguments = places.mount_arguments(reference, target, None, False, read)
+    options, source, opened = places.mount_arguments(reference, target, None, False, read)
     started = time.perf_counter()
-    record = node_client.mount(*arguments)
+    record = node_client.mount(replace(options, one_file=one_file), source, opened)
     try:
         yield time.perf_counter() - started
     finally:

@@ -10,7 +10,7 @@ from tests.support.containerd import VERSIONS, fresh_id, release, running_contai
 from tests.support.cri import cri
 from tests.support.docker_registry import DockerRegistry
 from tests.support.image_builder import collect, image, sha256
-from tests.support.installed import BUSYBOX, HTTP, NAME, ours, reached, run
+from tests.support.installed import BUSYBOX, HTTP, NAME, ours, pull, reached, run
 from tests.support.node import wait_for
 from tests.support.samples import noise, program_tar
 from tests.support.tars import Item, layer_tar
@@ -162,3 +162,32 @@ def test_a_base_shared_with_an_ordinary_image(
         assert run(containerd, other, "cat /other") == "the other\n"
         calls.remove_image(other)
         wait_for(lambda: it.states() == [], "nothing left")
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1), (1, 0, 2)])
+def test_two_namespaces_in_any_order(
+    order: tuple[int, ...], cli: Cli, own_registry: DockerRegistry, reference: str, name: str
+):
+    """One image unpacked in one namespace and claimed in the other, beside an ordinary one on its
+    base; what is left runs after each removal, and nothing stays behind the last."""
+    tars = (program_tar(), layer_tar(DATA), layer_tar(OTHER))
+    other = own_registry.put(f"{name}-other", collect(image(*tars), "1.0"))
+    images = [("plain", reference), ("lazy", reference), ("lazy", other)]
+    seen = {reference: "the app\n", other: "the other\n"}
+    with (
+        ours(cli, "--trust", "*") as it,
+        running_containerd(release("1.6"), snapshotter=it.socket) as containerd,
+    ):
+        containerd.pull(reference, snapshotter=NAME, namespace="plain")
+        pull(cli, containerd, own_registry, reference, "lazy")
+        assert sorted(it.states()) == ["device", *["layer"] * 3, *["placeholder"] * 2]
+        containerd.pull(other, snapshotter=NAME, namespace="lazy")
+        left = list(images)
+        for number in order:
+            for namespace, held in left:
+                shown = run(containerd, held, "cat /app /other 2>/dev/null; true", namespace)
+                assert shown == seen[held]
+            namespace, gone = images[number]
+            containerd.remove_image(gone, namespace=namespace)
+            left.remove(images[number])
+        wait_for(lambda: it.states() == [] and it.shown() == [], "nothing left")

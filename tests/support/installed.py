@@ -86,20 +86,26 @@ def ours(cli: Cli, *options: str) -> Iterator[Ours]:
             running.end()
 
 
-def run(containerd: Containerd, reference: str, command: str) -> str:
+def run(containerd: Containerd, reference: str, command: str, namespace: str = "k8s.io") -> str:
     """What a shell command prints; ctr sometimes copies nothing, so the end is marked."""
     for _ in range(5):
         marked = f"{command}; echo -n .end."
         arguments = (reference, BUSYBOX, "sh", "-c", marked)
-        out = containerd.run(*arguments, snapshotter=NAME, namespace="k8s.io")
+        out = containerd.run(*arguments, snapshotter=NAME, namespace=namespace)
         if out.endswith(".end."):
             return out.removesuffix(".end.")
     raise AssertionError(f"no whole output of {command!r}: {out!r}")
 
 
-def pull(cli: Cli, containerd: Containerd, registry: DockerRegistry, reference: str) -> None:
+def pull(
+    cli: Cli,
+    containerd: Containerd,
+    registry: DockerRegistry,
+    reference: str,
+    namespace: str = "k8s.io",
+) -> None:
     containerd.allow_http(registry.address)
-    address = ("--address", containerd.socket, "--namespace", "k8s.io")
+    address = ("--address", containerd.socket, "--namespace", namespace)
     cli("pull", "--containerd", HTTP, *address, reference)
 
 
