@@ -40,6 +40,10 @@ _DIED_WITH_US = "KILL"
 Output = Callable[[bytes], None]
 
 
+OUTPUT_LIMIT_S = 20.0
+"""For output that is on its way when its command has ended."""
+
+
 class GuestStopped(Unavailable):
     """The guest or its QEMU ended, or never came up."""
 
@@ -150,15 +154,29 @@ class Machine:
         if len(script.encode()) > SCRIPT_MAX:
             raise InvalidArgument(f"a guest's script has at most {SCRIPT_MAX} bytes")
         token = secrets.token_hex(16)
+        until = _Until(b"\0end %s\0" % token.encode(), output)
         self._drain(self._keep)
         self._control.sendall(b"run %s %s\n" % (token.encode(), encoded))
         deadline = time.monotonic() + limit_s
         while True:
-            word, rest = self._answer(deadline, output, keyboard)
+            word, rest = self._answer(deadline, until, keyboard)
             said, _, status = rest.partition(" ")
             if word == "exit" and secrets.compare_digest(said, token) and status.isdigit():
-                self._drain(output)
+                self._finish(until)
                 return int(status)
+
+    def _finish(self, until: "_Until") -> None:
+        """The rest of a command's output, which comes on a line of its own."""
+        deadline = time.monotonic() + OUTPUT_LIMIT_S
+        while not until.seen and self._ready(self._console, deadline):
+            if not self._pass_on(until):
+                break
+        until.close()
+
+    @staticmethod
+    def _ready(side: socket.socket, deadline: float) -> bool:
+        left = deadline - time.monotonic()
+        return left > 0 and bool(select.select([side], [], [], left)[0])
 
     def boot_log(self) -> str:
         """The end of what the console had before the first command."""
@@ -231,6 +249,40 @@ class Machine:
         said = self._errors.read(_LOG_MAX).decode(errors="replace").strip()
         lines = [line.strip() for line in (said or self.boot_log()).splitlines() if line.strip()]
         return f"it said: {lines[-1][:300]}" if lines else None
+
+
+class _Until:
+    """Passes bytes on up to a mark, without it; what may be its beginning is held back."""
+
+    def __init__(self, mark: bytes, output: Output) -> None:
+        self.seen = False
+        self._mark = mark
+        self._output = output
+        self._held = b""
+
+    def __call__(self, data: bytes) -> None:
+        if self.seen:
+            return
+        data = self._held + data
+        before, mark, _ = data.partition(self._mark)
+        self.seen = bool(mark)
+        kept = 0 if mark else self._begun(before)
+        self._held = before[len(before) - kept :]
+        self._pass(before[: len(before) - kept])
+
+    def close(self) -> None:
+        """No mark will come."""
+        self._pass(self._held)
+        self._held = b""
+
+    def _begun(self, data: bytes) -> int:
+        """How many bytes at the end may be the beginning of the mark."""
+        longest = min(len(data), len(self._mark) - 1)
+        return next((n for n in range(longest, 0, -1) if self._mark.startswith(data[-n:])), 0)
+
+    def _pass(self, data: bytes) -> None:
+        if data:
+            self._output(data)
 
 
 def _bound_to_us() -> list[str]:

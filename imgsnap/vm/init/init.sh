@@ -8,6 +8,8 @@
 #   guest: exit TOKEN STATUS          how it ended
 #   guest: failed REASON              instead of any of these; the guest then stops
 #
+# On the console NUL "end TOKEN" NUL follows what the script has printed.
+#
 # Only this process has the control line open: what a command prints is on the console and cannot be
 # taken for a status.
 export PATH=/bin
@@ -98,7 +100,9 @@ while read -r word token script <&3; do
     script=$(echo "$script" | base64 -d)
     setsid -c sh -c "$script" <"$console" >"$console" 2>&1 3>&-
     status=$?
-    stty -F "$console" raw -echo # returns when all output has been sent
+    stty -F "$console" raw -echo
+    # The two lines do not wait for each other: this says that the command's output has ended.
+    printf '\000end %s\000' "$token" >"$console"
     echo "exit $token $status" >&3
 done
 failed "the host closed the control line"
