@@ -98,7 +98,10 @@ echo ready >&3
 while read -r word token script <&3; do
     [ "$word" = run ] || failed "the host asked for $word"
     script=$(echo "$script" | base64 -d)
-    setsid -c sh -c "$script" <"$console" >"$console" 2>&1 3>&-
+    # The end of a session hangs its terminal up, which throws away what is still to be sent: the
+    # leader only ends when all is. Its own traps are not its child's.
+    setsid -c sh -c 'trap : INT QUIT; sh -c "$1"; status=$?; stty raw -echo; exit $status' \
+        run "$script" <"$console" >"$console" 2>&1 3>&-
     status=$?
     stty -F "$console" raw -echo
     # The two lines do not wait for each other: this says that the command's output has ended.
