@@ -122,7 +122,7 @@ def layer_gets(registry: DockerRegistry, *blobs: str) -> list[str]:
 
 @pytest.mark.parametrize("series", VERSIONS)
 def test_a_converted_image(series: str, cli: Cli, registry: DockerRegistry, name: str):
-    run = {"Env": ["GREETING=hello"], "WorkingDir": "/work"}
+    run = {"Env": ["GREETING=hello"], "WorkingDir": "/srv"}
     remote = registry.put(name, collect(image(program_tar(), MIDDLE, APP, run=run), "1.0"))
     fast = f"{registry.address}/{name}:1.0-fast"
     cli.convert(remote, fast, HTTP, "--as", "image")
@@ -135,7 +135,7 @@ def test_a_converted_image(series: str, cli: Cli, registry: DockerRegistry, name
         it.pull(fast)
         assert layer_gets(registry, manifest["layers"][0]["digest"]) == []
         assert it.states() == ["device"]
-        assert it.shell(fast, "cat /app; echo $GREETING; pwd") == "the app\nhello\n/work\n"
+        assert it.shell(fast, "cat /app; echo $GREETING; pwd") == "the app\nhello\n/srv\n"
         assert (
             it.shell(fast, "stat -c %a /tmp; ls /tmp; test -e /etc/group || echo gone")
             == "1777\nmiddle\ngone\n"

@@ -37,7 +37,7 @@ RUN = {
     "Entrypoint": ["/bin/busybox", "sh", "-c"],
     "Cmd": ["id -u; id -g; id -G; pwd; echo $GREETING; tty; readlink -f /dev/stdout; exit 7"],
     "Env": ["GREETING=hello  world 'quoted'", "PATH=/nowhere:/bin"],
-    "WorkingDir": "/work/made",
+    "WorkingDir": "/srv/made",
     "User": "app",
 }
 
@@ -106,7 +106,7 @@ def test_the_image_decides_who_runs_and_only_what_is_read_is_fetched(
     assert result.code == 7, result.err
     uid, gid, groups, cwd, greeting, tty, stdout = result.out.splitlines()
     assert (uid, gid, sorted(groups.split())) == ("1234", "2345", ["2345", "3456"])
-    assert (cwd, greeting) == ("/work/made", "hello world 'quoted'")
+    assert (cwd, greeting) == ("/srv/made", "hello world 'quoted'")
     assert (tty, stdout) == ("not a tty", "/dev/ttyS0")
     assert 0 < fetched(report) < NOISE / 2, "two thirds of the image are noise nobody read"
     times = json.loads(report.read_text())["seconds"]
