@@ -191,10 +191,9 @@ class _Bench:
         client, me = self._client, ProcessId.of(os.getpid())
         places, settings = open_places(str(client.store), str(client.cache), str(client.run_dir))
         read = reading(boot_pack_names(pack), "pack" if pack is None else "off")
-        arguments = places.mount_arguments(reference, Path("/"), None, False, read)
         line.begin()
         try:
-            attached = node_client.attach(*arguments[:2], process=me)
+            attached = places.attach(reference, None, read, process=me)
             line.mark("attached")
             yield attached
         finally:

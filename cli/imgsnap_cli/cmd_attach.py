@@ -66,14 +66,11 @@ def command(
     Bytes are fetched as they are read. The file's size is a multiple of 2 MiB. It stays until
     `imgsnap detach`; a node daemon serves it, and is started if none runs.
     """
-    from imgsnap.node.client import attach
-
     if ublk_id is not None and via != "ublk":
         raise InvalidArgument("--ublk-id is for --via ublk")
     places = Places(settings, flags)
     read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate)
-    options, source = places.mount_arguments(ref, Path("/"), platform, False, read)[:2]
-    found = attach(options, source, via=via, number=ublk_id)
+    found = places.attach(ref, platform, read, via=via, number=ublk_id)
     if format_ in VMMS:
         from imgsnap.vm.formats import FORMATS
 

@@ -22,7 +22,7 @@ from imgsnap_cli.settings import Settings
 if TYPE_CHECKING:
     from imgsnap.blockstore.read_options import ReadOptions
     from imgsnap.snapshotter.image_service import ImageService
-    from imgsnap.snapshotter.parts import NodeSettings
+    from imgsnap.snapshotter.node_settings import NodeSettings
     from imgsnap.snapshotter.rows import Row
 
 root_option = click.option(
@@ -117,12 +117,15 @@ def run(
     from imgsnap.snapshotter import parts
     from imgsnap.snapshotter.conversion import first_use
     from imgsnap.snapshotter.counters import Counters
+    from imgsnap.snapshotter.devices import NodeDevices
+    from imgsnap.snapshotter.directories import make_root
     from imgsnap.snapshotter.mount_forms import MountForm
     from imgsnap.snapshotter.serve import Parts, serve
 
     read = reading(boot_pack_names(None), prefetch, prefetch_rate)
     form = MountForm(mount_form)
     node = _node(settings, Path(root).absolute(), flags, read)
+    make_root(node.root)
     node = replace(
         node,
         trust=trust or settings.trust,
@@ -134,7 +137,7 @@ def run(
     finder, counters = parts.finder(node), Counters()
     made_of = Parts(
         finder,
-        parts.devices(node),
+        NodeDevices(node),
         parts.unpacker(node),
         form,
         first_use(node, finder, counters),
@@ -151,7 +154,7 @@ def _node(
     read: "ReadOptions",
 ) -> "NodeSettings":
     from imgsnap.snapshotter import credentials
-    from imgsnap.snapshotter.parts import NodeSettings
+    from imgsnap.snapshotter.node_settings import NodeSettings
 
     registry = Places(settings, flags).registry_options()
     return NodeSettings(

@@ -197,12 +197,11 @@ class _Run:
 
     def _attach(self, stack: ExitStack, read: "ReadOptions", *, alone: bool) -> dict[str, Any]:
         from imgsnap.mount.process import ProcessId
-        from imgsnap.node.client import attach, daemon_call, release
+        from imgsnap.node.client import daemon_call, release
 
         me = ProcessId.of(os.getpid())
         stack.callback(release, self._settings.run, me)
-        arguments = self._places.mount_arguments(self._ref, Path("/"), self._platform, False, read)
-        attached = attach(*arguments[:2], process=me)
+        attached = self._places.attach(self._ref, self._platform, read, process=me)
         if alone:
             known = daemon_call(self._settings.run, "attachments")
             users = next(item["users"] for item in known if item["id"] == attached["id"])

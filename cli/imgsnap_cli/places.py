@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.reader import BlockReader
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
+    from imgsnap.node.request import AttachRequest
     from imgsnap.node.source import Source
     from imgsnap.node.targets import MountOptions
     from imgsnap.oci.locate import RegistryOptions
@@ -209,33 +210,49 @@ class Places:
         platform: str | None,
         read_write: bool,
         read: "ReadOptions | None" = None,
-    ) -> "tuple[MountOptions, Source, Callable[[Source], Repository]]":
+    ) -> "tuple[MountOptions, Callable[[Source], Repository]]":
         """For `mount`: the repository is opened in the block server's process."""
         from imgsnap.blockstore.boot_choice import AUTO
         from imgsnap.blockstore.read_options import ReadOptions
-        from imgsnap.node.source import Source
         from imgsnap.node.targets import MountOptions
+
+        options = MountOptions(
+            self.attach_request(text, platform, read or ReadOptions(boot_pack=(AUTO,))),
+            target,
+            run_dir=self._settings.run,
+            cache_dir=self._settings.cache,
+            read_write=read_write,
+            cache_quota=quota(self._settings),
+        )
+        return options, lambda found: found.open(self._settings.environ)
+
+    def attach_request(
+        self, text: str, platform: str | None, read: "ReadOptions"
+    ) -> "AttachRequest":
+        """For any process of this machine."""
+        from imgsnap.node.request import AttachRequest
+        from imgsnap.node.source import Source
         from imgsnap.oci.locate import reference_of
         from imgsnap.oci.reference import parse_location
 
         location = parse_location(text)
-        options = MountOptions(
-            reference=reference_of(location),
-            target=target,
-            run_dir=self._settings.run,
-            cache_dir=self._settings.cache,
-            platform=_platform(platform),
-            read_write=read_write,
-            read=read or ReadOptions(boot_pack=(AUTO,)),
-            cache_quota=quota(self._settings),
-        )
         source = Source(
             _lasting(location),
             self._settings.store,
             self.registry_options(),
             Source.kept_environ(self._settings.environ),
         )
-        return options, source, lambda found: found.open(self._settings.environ)
+        return AttachRequest(source, reference_of(location), _platform(platform), read)
+
+    def attach(
+        self, text: str, platform: str | None, read: "ReadOptions", **how: Any
+    ) -> dict[str, Any]:
+        """Has the node daemon attach a snapshot; `how` as `imgsnap.node.client.attach` has it."""
+        from imgsnap.node.client import attach
+
+        settings = self._settings
+        request = self.attach_request(text, platform, read)
+        return attach(request, settings.run, settings.cache, cache_quota=quota(settings), **how)
 
     def image_config(
         self, stack: ExitStack, text: str, digest: str

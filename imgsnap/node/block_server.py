@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from imgsnap.blockstore.cache_pins import Part, Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.read_options import read_options
 from imgsnap.blockstore.store import BlockStore, Device
 from imgsnap.digest import digest_hex
 from imgsnap.errors import ImgsnapError, NotFound, Unavailable
@@ -31,9 +30,8 @@ from imgsnap.node.attachments import UBLK, Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
 from imgsnap.node.process_usage import process_usage
+from imgsnap.node.request import AttachRequest
 from imgsnap.node.rpc import Answer, Server
-from imgsnap.node.source import Source
-from imgsnap.oci.platforms import parse_platform
 
 if TYPE_CHECKING:
     from imgsnap.node.ublk_devices import UblkDevices
@@ -60,7 +58,7 @@ class ServerSettings:
     places: ServerPlaces
     cache_dir: Path
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
-    pin_holder: str = ""  # attached snapshots are pinned in this name; "": not at all
+    pin_holder: str = ""  # begins the names that attached snapshots are pinned in; "": not at all
 
 
 class BlockServer:
@@ -158,21 +156,20 @@ class BlockServer:
 
     def _attach(self, args: dict[str, Any]) -> dict[str, Any]:
         """Opens a snapshot and serves its device; the attachment's record."""
-        source = Source.from_json(args["source"])
-        platform = args.get("platform")
+        request = AttachRequest.from_json(args)
         # At 0.4 us a read, any device can tell what its start read.
-        options = replace(read_options(args.get("options", {})), trace=True)
+        options = replace(request.read, trace=True)
         device = self._store.open(
-            self._repositories.get(source),
-            args["reference"],
-            platform=parse_platform(platform) if platform else None,
+            self._repositories.get(request.source),
+            request.reference,
+            platform=request.platform,
             options=options,
         )
         snapshot = device.snapshot
         attachment = Attachment(
             number=0,
             id=digest_hex(snapshot.manifest.digest) + args.get("kind", ""),
-            source=source,
+            source=request.source,
             repository=snapshot.repository.name,
             manifest_digest=snapshot.manifest.digest,
             config_digest=snapshot.manifest.config.digest,
@@ -207,7 +204,7 @@ class BlockServer:
 
     def _pin(self, attachment: Attachment, parts: frozenset[Part]) -> None:
         """What is attached must open again while the registry is away."""
-        digest, holder = attachment.manifest_digest, self._settings.pin_holder
+        digest, holder = attachment.manifest_digest, self._holder(attachment)
         with self._pinning:
             if self._table.by_id(attachment.id) is None:
                 return  # detached meanwhile
@@ -215,6 +212,10 @@ class BlockServer:
                 write_pin(self._store.cache, Pin(digest, holder, parts, boot_id(), {}))
             except (ImgsnapError, OSError) as error:
                 _log.warning("%s is not pinned: %s", digest, error)
+
+    def _holder(self, attachment: Attachment) -> str:
+        """One snapshot may be attached as a tree, as a file and as a disk, each with its pin."""
+        return f"{self._settings.pin_holder} {attachment.id}"
 
     def _detach(self, args: dict[str, Any]) -> None:
         """Takes the device's name away; its bytes are served until the kernel forgets it. Raises
@@ -230,7 +231,7 @@ class BlockServer:
             self._table.detach(attachment)
             if self._settings.pin_holder:
                 with self._pinning, suppress(NotFound):
-                    unpin(self._store.cache, attachment.manifest_digest, self._settings.pin_holder)
+                    unpin(self._store.cache, attachment.manifest_digest, self._holder(attachment))
         if disk:
             if gone:
                 self._catalog.forgotten(attachment.number)

@@ -5,7 +5,6 @@ What mounts by itself is imported only then: a command that asks the daemon star
 
 import os
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,10 @@ from imgsnap.node.places import NodePlaces
 if TYPE_CHECKING:
     from imgsnap.mount.process import ProcessId
     from imgsnap.node.devices import OpenRepository
-    from imgsnap.node.source import Source
+    from imgsnap.node.request import AttachRequest
     from imgsnap.node.targets import MountOptions
 
+ATTACH_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 5.0
 RELEASE_TIMEOUT_S = 20.0
 
@@ -37,9 +37,7 @@ def find_daemon(run_dir: Path, operation: str = "status") -> dict[str, Any] | No
     return found
 
 
-def mount(
-    options: "MountOptions", source: "Source", open_repository: "OpenRepository"
-) -> MountRecord:
+def mount(options: "MountOptions", open_repository: "OpenRepository") -> MountRecord:
     """Mounts a snapshot on a directory; see `session.mount_snapshot` for what is raised.
 
     The daemon is asked when it has the same cache and sees the same mounts as this process. Who
@@ -47,36 +45,35 @@ def mount(
     """
     place = find_daemon(options.run_dir, "place")
     if place is not None and _same_place(place, options):
-        return mount_by_daemon(options, source)
+        return mount_by_daemon(options)
     from imgsnap.node.direct_mount import mount_direct
     from imgsnap.node.session import mount_snapshot
 
-    direct = mount_direct(options, source, open_repository)
-    return direct or mount_snapshot(options, source, open_repository)
+    direct = mount_direct(options, open_repository)
+    return direct or mount_snapshot(options, open_repository)
 
 
-def mount_by_daemon(options: "MountOptions", source: "Source") -> MountRecord:
+def mount_by_daemon(options: "MountOptions") -> MountRecord:
     """As `mount`, by the daemon and nobody else. Raises NobodyListens when none runs."""
     record = rpc.call(
         NodePlaces(Path(os.path.realpath(options.run_dir))).control_socket,
         "mount",
         timeout_s=options.mount_timeout_s,
-        source=source.to_json(),
-        reference=options.reference,
-        platform=str(options.platform) if options.platform else None,
+        **options.request.to_json(),
         target=os.path.realpath(options.target),
         read_write=options.read_write,
         rw_root=str(options.rw_root) if options.rw_root else None,
         one_file=options.one_file,
-        options=asdict(options.read),
     )
     return MountRecord(**record)
 
 
 def attach(
-    options: "MountOptions",
-    source: "Source",
+    request: "AttachRequest",
+    run_dir: Path,
+    cache_dir: Path,
     *,
+    cache_quota: int | None = None,
     process: "ProcessId | None" = None,
     via: str = "fuse",
     number: int | None = None,
@@ -84,22 +81,19 @@ def attach(
     """Has a snapshot's device served as a file for VMMs, or `via` "ublk" as a disk: `path`,
     `device_size`, `id` and what else an attachment's record has.
 
-    A daemon is started when none runs, and stays. With `process` it is attached for that process
-    alone: until `release`, at most until the process ends. Raises what attaching raises,
-    InvalidArgument for a daemon with another cache; for a disk Unsupported without the driver,
-    AlreadyExists when the `number` it is to have is taken.
+    A daemon is started when none runs, with this cache and quota, and stays. With `process` it is
+    attached for that process alone: until `release`, at most until the process ends. Raises what
+    attaching raises, InvalidArgument for a daemon with another cache; for a disk Unsupported
+    without the driver, AlreadyExists when the `number` it is to have is taken.
     """
     from imgsnap.node.daemon import ensure_daemon
 
-    ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota)
+    ensure_daemon(run_dir, cache_dir, cache_quota)
     found: dict[str, Any] = rpc.call(
-        NodePlaces(Path(os.path.realpath(options.run_dir))).control_socket,
+        NodePlaces(Path(os.path.realpath(run_dir))).control_socket,
         "attach",
-        timeout_s=options.mount_timeout_s,
-        source=source.to_json(),
-        reference=options.reference,
-        platform=str(options.platform) if options.platform else None,
-        options=asdict(options.read),
+        timeout_s=ATTACH_TIMEOUT_S,
+        **request.to_json(),
         via=via,
         number=number,
         process=[process.pid, process.start_time] if process else None,
@@ -144,7 +138,7 @@ def unmount(target: Path, run_dir: Path, cache_dir: Path, *, lazy: bool = False)
     from imgsnap.node.control import Control
 
     # The daemon knows nothing that is not on disk: we can do as it would.
-    Control(run_dir, cache_dir).umount({"target": str(target), "lazy": lazy})
+    Control(run_dir, cache_dir).mounting.umount({"target": str(target), "lazy": lazy})
 
 
 def mounts(run_dir: Path) -> list[tuple[MountRecord, bool]]:

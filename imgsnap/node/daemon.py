@@ -65,7 +65,7 @@ def run_daemon(
             raise
     control = Control(run_dir, cache_dir)
     ensure_supervisor(places, cache_dir, cache_quota)  # first: undoing asks its block server
-    control.undo_half_done()
+    control.mounting.undo_half_done()
     server = rpc.Server(listener, control.handlers())
     server.start()
     systemd.notify(os.environ, "READY=1")
@@ -240,7 +240,7 @@ def stop_daemon(run_dir: Path, cache_dir: Path, *, force: bool) -> None:
     if not force:
         refuse_in_use(disks)
     for record in mounted:
-        Control(run_dir, cache_dir).umount({"target": record.target, "lazy": True})
+        Control(run_dir, cache_dir).mounting.umount({"target": record.target, "lazy": True})
     if control is not None:
         control.end(_END_GRACE_S)
     if supervisor is not None:

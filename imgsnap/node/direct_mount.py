@@ -21,7 +21,7 @@ from imgsnap.mount import attach, teardown
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
 from imgsnap.mount.tree import show_tree
 from imgsnap.node.devices import OpenRepository
-from imgsnap.node.source import Source
+from imgsnap.node.request import AttachRequest
 from imgsnap.node.targets import MountOptions, claim
 from imgsnap.oci.cancellation import Cancellation
 from imgsnap.oci.locate import repository_name
@@ -81,9 +81,7 @@ class DirectMount:
         )
 
 
-def mount_direct(
-    options: MountOptions, source: Source, open_repository: OpenRepository
-) -> MountRecord | None:
+def mount_direct(options: MountOptions, open_repository: OpenRepository) -> MountRecord | None:
     """Mounts a snapshot that is complete in the cache; None when a server is needed or wanted.
 
     Raises what claiming the target raises; anything else that goes wrong is left to the server
@@ -93,7 +91,7 @@ def mount_direct(
         return None
     try:
         cache = NodeCache(options.cache_dir, quota=options.cache_quota)
-        found = find_direct(cache, source, options, open_repository)
+        found = find_direct(cache, options.request, open_repository)
     except (ImgsnapError, OSError) as error:
         _log.debug("not mounted directly: %s", error)
         return None
@@ -128,7 +126,7 @@ def mount_direct(
             teardown.remove_instance(record)
             if not isinstance(error, ImgsnapError):
                 raise
-            _log.info("%s is not mounted directly: %s", options.reference, error)
+            _log.info("%s is not mounted directly: %s", options.request.reference, error)
             return None
     return shown
 
@@ -147,13 +145,13 @@ def _holder(record: MountRecord) -> str:
 
 
 def find_direct(
-    cache: NodeCache, source: Source, options: MountOptions, open_repository: OpenRepository
+    cache: NodeCache, request: AttachRequest, open_repository: OpenRepository
 ) -> DirectMount | None:
-    """The snapshot that `options` name, if it can be mounted without a server; else None.
+    """The snapshot that is asked for, if it can be mounted without a server; else None.
 
     Everything that goes wrong means None: the server then meets it too, and reports it.
     """
-    reference, platform = options.reference, options.platform
+    reference, platform, source = request.reference, request.platform, request.source
     name = repository_name(parse_location(source.location), source.store)
     try:
         digest = _candidate(cache, name, reference, platform)

@@ -4,7 +4,7 @@ import json
 import os
 import select
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from imgsnap.mount.records import MOUNTED, STARTING, MountRecord, MountRecords
 from imgsnap.mount.tree import show_tree
 from imgsnap.node import rpc
 from imgsnap.node.attached_tree import mount_attached
-from imgsnap.node.attachments import Attachment
+from imgsnap.node.block_calls import BlockCalls
 from imgsnap.node.block_server import ServerSettings
 from imgsnap.node.devices import OpenRepository
 from imgsnap.node.direct_mount import release
 from imgsnap.node.places import ServerPlaces
 from imgsnap.node.private import run_private
-from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions, claim
 
 END_GRACE_S = 10.0
@@ -35,9 +34,7 @@ _ABORT_GRACE_S = 3.0
 _PIPE_READ = 65536
 
 
-def mount_snapshot(
-    options: MountOptions, source: Source, open_repository: OpenRepository
-) -> MountRecord:
+def mount_snapshot(options: MountOptions, open_repository: OpenRepository) -> MountRecord:
     """Mounts a snapshot on a directory; returns when its tree is usable.
 
     Forks at once, so call it before any thread exists. `open_repository` runs in the server
@@ -52,7 +49,8 @@ def mount_snapshot(
         settings = ServerSettings(_places(record), options.cache_dir, options.cache_quota)
         server = _start_server(settings, record, open_repository, options.mount_timeout_s)
         record = record.with_server(server)
-        attachment = _attach(settings.places, options, source)
+        calls = BlockCalls(settings.places.block_socket)
+        attachment = calls.attach(options.request, timeout_s=options.mount_timeout_s)
         record = replace(
             record,
             repository=attachment.repository,
@@ -94,19 +92,6 @@ def _start_server(
     if "error" in report:
         raise rpc.rebuild_error(report["error"])
     return ProcessId(int(report["pid"]), int(report["start_time"]))
-
-
-def _attach(places: ServerPlaces, options: MountOptions, source: Source) -> Attachment:
-    value = rpc.call_again(
-        places.block_socket,
-        "attach",
-        timeout_s=options.mount_timeout_s,
-        source=source.to_json(),
-        reference=options.reference,
-        platform=str(options.platform) if options.platform else None,
-        options=asdict(options.read),
-    )
-    return Attachment.from_json(value)
 
 
 def unmount(target: Path, run_dir: Path, *, lazy: bool = False) -> None:

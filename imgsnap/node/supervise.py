@@ -51,7 +51,6 @@ _PRELOADED = (
     "imgsnap.blockstore.boot_stream",
     "imgsnap.formats.block_tree",
     "imgsnap.formats.boot_pack",
-    "imgsnap.node.ublk_devices",
     "imgsnap.blockstore.touches",
     "imgsnap.oci.mirrors",
     "imgsnap.oci.registry",

@@ -168,9 +168,8 @@ class Supervisor:
         """Forks a server, which asks the kernel for unanswered requests as soon as it reads."""
         try:
             child, ready = self._fork()
-        except (
-            OSError
-        ) as error:  # the machine is short of something: this process must outlast that
+        except OSError as error:
+            # The machine is short of something: this process must outlast that.
             _log.error("cannot start a block server: %s", error)
             self._failures += 1
             self._back_off()

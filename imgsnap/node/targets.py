@@ -2,29 +2,26 @@
 
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from imgsnap.blockstore.read_options import ReadOptions
 from imgsnap.errors import AccessDenied, AlreadyExists, Busy, InvalidArgument, NotFound
 from imgsnap.mount import linux, teardown
 from imgsnap.mount.process import ProcessId
 from imgsnap.mount.records import STARTING, MountRecord, MountRecords
-from imgsnap.oci.repository import Platform
+from imgsnap.node.request import AttachRequest
 
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
     """What to mount and how. Paths are made absolute by `mount_snapshot`."""
 
-    reference: str  # a tag or digest in the repository
+    request: AttachRequest
     target: Path
     run_dir: Path
     cache_dir: Path
-    platform: Platform | None = None  # None: this machine's, or whatever the snapshot is for
     read_write: bool = False
     rw_root: Path | None = None  # where changes are kept; None: <cache_dir>/rw
-    read: ReadOptions = field(default_factory=ReadOptions)
     mount_timeout_s: float = 300.0
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
     one_file: bool = False  # EROFS is over one file with all bytes, though the cache has them all
@@ -92,7 +89,7 @@ def _new_record(options: MountOptions) -> MountRecord:
         instance=instance,
         target=str(options.target),
         target_created=False,
-        reference=options.reference,
+        reference=options.request.reference,
         repository="",
         manifest_digest="",
         config_digest="",

@@ -20,7 +20,8 @@ from imgsnap.snapshotter.directories import CONVERTING
 from imgsnap.snapshotter.find_image import Finder
 from imgsnap.snapshotter.first_use import FirstUse
 from imgsnap.snapshotter.image_labels import repository_name
-from imgsnap.snapshotter.parts import NodeSettings, matches
+from imgsnap.snapshotter.node_settings import NodeSettings
+from imgsnap.snapshotter.parts import matches
 
 CONVERSION_MAX_S = 3600.0
 _STOP_S = 10.0

@@ -6,8 +6,7 @@ kernel has mounted below `<root>/devices`, so a new process knows it without ask
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 from imgsnap.digest import Digest, digest_hex
@@ -17,27 +16,19 @@ from imgsnap.mount.records import MountRecords
 from imgsnap.node import client, rpc
 from imgsnap.node.daemon import ensure_daemon
 from imgsnap.node.places import NodePlaces
-from imgsnap.node.source import Source
-from imgsnap.node.targets import MountOptions
 from imgsnap.snapshotter.locks import KeyedLocks
+from imgsnap.snapshotter.node_settings import NodeSettings
 
 _log = logging.getLogger(__name__)
 
-SourceOf = Callable[[str, Digest], Source]
-"""Where a repository's snapshot comes from, with what reaching its registry needs."""
-
 
 class NodeDevices:
-    """Implements Devices. Safe for threads.
+    """Implements Devices. Safe for threads."""
 
-    `options` say how snapshots are read; their reference and target are filled in.
-    """
-
-    def __init__(self, root: Path, options: MountOptions, source_of: SourceOf) -> None:
-        self._directory = root / "devices"
-        self._options = options
-        self._source_of = source_of
-        self._places = NodePlaces(Path(os.path.realpath(options.run_dir)))
+    def __init__(self, settings: NodeSettings) -> None:
+        self._directory = settings.root / "devices"
+        self._settings = settings
+        self._places = NodePlaces(Path(os.path.realpath(settings.run_dir)))
         self._records = MountRecords(self._places.run_dir)
         self._locks = KeyedLocks()
 
@@ -67,7 +58,7 @@ class NodeDevices:
         if shown == _file_system(self._places.tree(digest_hex(snapshot))):
             supervised = record is not None and record.server.alive
             return supervised or rpc.somebody_listens(self._places.server.block_socket)
-        return record is not None and record.direct and not self._options.one_file
+        return record is not None and record.direct and not self._settings.one_file
 
     def file(self, repository: str, snapshot: Digest) -> Path | None:
         target = Path(os.path.realpath(self.show(repository, snapshot)))
@@ -76,23 +67,20 @@ class NodeDevices:
         return file if sources and sources[-1] == str(file) else None
 
     def _mount(self, repository: str, snapshot: Digest, target: Path) -> None:
-        options = self._options
+        options = self._settings.mount_options(repository, snapshot, target)
         # First: it also takes away what a daemon that died altogether has left.
         ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota)
         if _file_system(target) not in (None, _file_system(target.parent)):
             _log.warning("%s is not served as it should be; showing it anew", snapshot)
             self._hide(target)
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        client.mount_by_daemon(
-            replace(options, reference=snapshot, target=target),
-            self._source_of(repository, snapshot),
-        )
+        client.mount_by_daemon(options)
         _log.info("%s of %s is shown on %s", snapshot, repository, target)
 
     def _hide(self, target: Path) -> None:
         """Takes away what containers may still have beneath them: their overlays keep it."""
         try:
-            client.unmount(target, self._options.run_dir, self._options.cache_dir, lazy=True)
+            client.unmount(target, self._settings.run_dir, self._settings.cache_dir, lazy=True)
         except NotFound:  # somebody deleted the run directory
             attach.unmount(target, lazy=True)
 
@@ -100,7 +88,7 @@ class NodeDevices:
         target = self._target(snapshot)
         with self._locks.hold(snapshot):
             try:
-                client.unmount(target, self._options.run_dir, self._options.cache_dir)
+                client.unmount(target, self._settings.run_dir, self._settings.cache_dir)
             except NotFound:
                 _log.info("%s was not shown any more, or by nobody we know", snapshot)
                 attach.unmount(target)

@@ -32,6 +32,17 @@ _NEW = "new-"
 _log = logging.getLogger(__name__)
 
 
+def make_root(root: Path) -> None:
+    """Makes sure of a snapshotter's directory. Raises InvalidArgument when it cannot be."""
+    try:
+        root.mkdir(parents=True, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgument(
+            f"{root} cannot be a snapshotter's directory: {error.strerror}",
+            hint="name another with --root",
+        ) from error
+
+
 class Directories:
     """Safe for threads."""
 

@@ -22,7 +22,7 @@ from imgsnap.node.metrics_http import MetricsServer
 from imgsnap.node.systemd import notify
 from imgsnap.snapshotter.claims import Claims
 from imgsnap.snapshotter.counters import Counters
-from imgsnap.snapshotter.directories import Directories
+from imgsnap.snapshotter.directories import Directories, make_root
 from imgsnap.snapshotter.first_use import FirstUse
 from imgsnap.snapshotter.image_service import ImageService, start_image_service
 from imgsnap.snapshotter.ledger import Ledger
@@ -64,7 +64,8 @@ def serve(
 
     With an image service that is served too, for credentials. `metrics` is an address and port to
     serve them on. To be called in the main thread.
-    Raises Busy when another process serves `root`, and what MetricsServer raises.
+    Raises Busy when another process serves `root`, InvalidArgument when that cannot be, and what
+    MetricsServer raises.
     """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -131,8 +132,11 @@ def start_server(
 
 @contextmanager
 def _owned(root: Path) -> Iterator[None]:
-    """Holds the lock of `root`; the kernel gives it back however the process ends."""
-    root.mkdir(parents=True, mode=0o700, exist_ok=True)
+    """Holds the lock of `root`; the kernel gives it back however the process ends.
+
+    Raises Busy, and what `make_root` raises.
+    """
+    make_root(root)
     fd = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -49,9 +49,9 @@ def mounted_by_daemon(
     """
     places, settings = open_places(str(client.store), str(client.cache), str(client.run_dir))
     read = reading(boot_pack_names(boot_pack), "off")
-    options, source, opened = places.mount_arguments(reference, target, None, False, read)
+    options, opened = places.mount_arguments(reference, target, None, False, read)
     started = time.perf_counter()
-    record = node_client.mount(replace(options, one_file=one_file), source, opened)
+    record = node_client.mount(replace(options, one_file=one_file), opened)
     try:
         yield time.perf_counter() - started
     finally:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from imgsnap.blockstore.cache_pins import pins
+from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.mount import linux
 from imgsnap.mount.linux import MountFlag, UmountFlag
 from imgsnap.units import MIB
@@ -82,6 +84,23 @@ def test_a_killed_server_is_no_matter_for_who_reads_the_file(node: Node, cli: Cl
         assert file.read() == whole
     wait_for(node.server, "the next server")
     cli("detach", path)
+
+
+def test_each_attachment_has_its_own_pin(node: Node, cli: Cli, snapshot, tmp_path):
+    """The file's end must not leave the tree, which is still mounted, to eviction."""
+
+    def pinned() -> set[str]:
+        return {pin.holder for pin in pins(NodeCache(cli.cache)).pins}
+
+    tree = tmp_path / "tree"
+    cli("mount", snapshot, tree)
+    wait_for(lambda: len(pinned()) == 1, "the tree's pin")
+    path = cli("attach", snapshot).out.strip()
+    wait_for(lambda: len(pinned()) == 2, "the file's pin")
+    cli("detach", path)
+    assert len(pinned()) == 1
+    cli("umount", tree)
+    assert not pinned()
 
 
 def test_what_is_refused(node: Node, cli: Cli, snapshot):

@@ -60,6 +60,7 @@ def test_wrong_places(running: Snapshotter, cli: Cli, tmp_path: Path):
     busy = cli.fails(10, "snapshotter", "run", "--root", running.root, *address)
     assert "another process serves" in busy
     cli.fails(2, "snapshotter", "run", "--root", tmp_path / "a:b", *address)
+    cli.fails(2, "snapshotter", "run", "--root", "/proc/none", *address)
     long = ("--address", tmp_path / ("x" * 120))
     cli.fails(2, "snapshotter", "run", "--root", tmp_path / "state", *long)
     assert not (tmp_path / "s.sock").exists()

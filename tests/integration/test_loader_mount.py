@@ -25,6 +25,7 @@ from imgsnap.mount import linux
 from imgsnap.mount.process import ProcessId
 from imgsnap.node import rpc
 from imgsnap.node.client import mounts
+from imgsnap.node.request import AttachRequest
 from imgsnap.node.session import mount_snapshot, unmount
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions
@@ -62,12 +63,13 @@ class Site:
         self.run_dir = root / "run"
         self.servers = []
 
-    def options(self, **changes):
-        options = MountOptions("latest", self.root / "mnt", self.run_dir, self.root / "cache")
+    def options(self, reference="latest", **changes):
+        request = AttachRequest(SOURCE, reference)
+        options = MountOptions(request, self.root / "mnt", self.run_dir, self.root / "cache")
         return replace(options, **changes)
 
     def mount(self, repository, **changes):
-        record = mount_snapshot(self.options(**changes), SOURCE, lambda source: repository)
+        record = mount_snapshot(self.options(**changes), lambda source: repository)
         self.servers.append(record.server)
         return record
 
@@ -182,11 +184,11 @@ def test_failed_mounts_raise_what_the_server_met_and_leave_nothing(site, reposit
         raise RuntimeError("no such registry")
 
     with pytest.raises(ImgsnapError, match="RuntimeError: no such registry"):
-        mount_snapshot(site.options(), SOURCE, broken)
+        mount_snapshot(site.options(), broken)
     with pytest.raises(ImgsnapError, match="died"):
-        mount_snapshot(site.options(), SOURCE, lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        mount_snapshot(site.options(), lambda _: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(Unavailable, match="in time"):
-        mount_snapshot(site.options(mount_timeout_s=0.3), SOURCE, lambda _: time.sleep(60))
+        mount_snapshot(site.options(mount_timeout_s=0.3), lambda _: time.sleep(60))
     (site.root / "file").write_text("")
     with pytest.raises(InvalidArgument):
         site.mount(repository, target=site.root / "file")

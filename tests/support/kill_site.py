@@ -6,6 +6,7 @@ from pathlib import Path
 
 from imgsnap.mount.process import ProcessId
 from imgsnap.node.devices import DEVICE_ALIGNMENT
+from imgsnap.node.request import AttachRequest
 from imgsnap.node.session import mount_snapshot, unmount
 from imgsnap.node.source import Source
 from imgsnap.node.targets import MountOptions
@@ -28,10 +29,9 @@ def kill_site(
     repository = MemoryRepository(built)
     repository.faults.latency_ms = latency_ms
     target = root / "mnt"
-    options = MountOptions("latest", target, root / "run", root / "cache")
-    record = mount_snapshot(
-        options, Source("store:unused", Path("/nonexistent")), lambda source: repository
-    )
+    request = AttachRequest(Source("store:unused", Path("/nonexistent")), "latest")
+    options = MountOptions(request, target, root / "run", root / "cache")
+    record = mount_snapshot(options, lambda source: repository)
     try:
         padded = built.device.ljust(align_up(len(built.device), DEVICE_ALIGNMENT), b"\0")
         run = KillRun(Path(record.device), padded, (tree, target), record.server_dir / "block.sock")

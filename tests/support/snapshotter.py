@@ -49,13 +49,19 @@ class Snapshotter:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "PYTHONPATH": path, **self.environ},
+                env={**os.environ, "PYTHONPATH": path, **self._places(), **self.environ},
             )
         deadline = time.monotonic() + _START_S
         while not self.socket.exists():
             assert self.process.poll() is None, f"the snapshotter ended:\n{self.log[-3000:]}"
             assert time.monotonic() < deadline, "the snapshotter does not start"
             time.sleep(0.005)
+
+    def _places(self) -> dict[str, str]:
+        names = ("RUN", "CACHE")
+        return {f"IMGSNAP_{name}_DIR": str(self.work / name.lower()) for name in names} | {
+            "IMGSNAP_STORE": str(self.work / "store")
+        }
 
     def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Its exit code."""

@@ -169,6 +169,10 @@ def test_a_pack_that_never_begins(
         repository.go_on.set()
 
 
+UNREAD = {11, *range(12, 20), *range(48, 64)}
+"""Bytes of the header that this version has no use for: reserved, compat and ro_compat."""
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     fault=st.sampled_from(["none", "cut", "flip", "foreign", "noise"]),
@@ -182,11 +186,12 @@ def test_right_bytes_whatever_the_pack_is(
     fault: str, place: int, reads: list[tuple[int, int]], readahead: int
 ) -> None:
     repository = PackRepository(sample(), piece=1 + place % 50_000)
-    data = pack()
+    data, unread = pack(), False
     if fault == "cut":
         repository.cut_at = place % len(data)
     elif fault == "flip":
         data = damaged(data, place)
+        unread = place % len(data) in UNREAD
     elif fault == "foreign":
         data = pack(8)
     elif fault == "noise":
@@ -202,7 +207,7 @@ def test_right_bytes_whatever_the_pack_is(
             assert store.reader.read(offset, length) == sample().device[offset : offset + length]
         assert store.boot is not None
         wait_until(lambda: store.boot.ended)
-        assert store.statistics.pack.failures == (fault != "none")
+        assert store.statistics.pack.failures == (fault != "none" and not unread)
 
 
 def test_hashes_of_the_table_that_are_wrong(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_a_full_cache_serves_without_storing_and_recovers(built, tmp_path, monke
         assert all_of(cache) <= 400 * KIB + 64 * KIB
         assert "serving without storing" in caplog.text
         cache_quota.keep_quota(cache, cache_quota.UNLIMITED)
-        for _ in range(20):
+        for _ in range(500):
             assert store.reader.read(0, BLOCKS * 4096) == built.device
             if store.reader.complete:
                 break

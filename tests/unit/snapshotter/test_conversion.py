@@ -16,7 +16,7 @@ from imgsnap.snapshotter import conversion
 from imgsnap.snapshotter.conversion import Conversions
 from imgsnap.snapshotter.conversion_request import Request
 from imgsnap.snapshotter.image_labels import registry_location
-from imgsnap.snapshotter.parts import NodeSettings
+from imgsnap.snapshotter.node_settings import NodeSettings
 from tests.support.node import wait_for
 
 IMAGE = registry_location("registry.example/team/app:1")
