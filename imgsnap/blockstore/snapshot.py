@@ -91,7 +91,7 @@ def read_image_config(snapshot: Snapshot, cache: NodeCache) -> bytes:
         raise NotFound(f"snapshot {snapshot.manifest.digest} carries no image config")
     raw = cache.load_blob(descriptor.digest)
     if raw is None:
-        raw = _getter(snapshot.repository, descriptor, IMAGE_CONFIG_SIZE_MAX)()
+        raw = _blob(snapshot.repository, descriptor, IMAGE_CONFIG_SIZE_MAX)
         cache.store_blob(descriptor.digest, raw)
     return raw
 
@@ -108,33 +108,36 @@ def _load_parts(
     raw_config = cache.load_blob(manifest.config.digest)
     raw_map = cache.load_chunk_map(manifest.chunk_map.digest)
     metadata = _cached_metadata(raw_config, cache)
-    missing: dict[str, Callable[[], bytes]] = {}
+    missing: list[tuple[Descriptor, int]] = []
     if raw_config is None:
-        missing["config"] = _getter(repository, manifest.config, CONFIG_SIZE_MAX)
+        missing.append((manifest.config, CONFIG_SIZE_MAX))
     if raw_map is None:
-        missing["map"] = _getter(repository, manifest.chunk_map, CHUNK_MAP_SIZE_MAX)
+        missing.append((manifest.chunk_map, CHUNK_MAP_SIZE_MAX))
     if metadata is None:
-        missing["metadata"] = _getter(repository, manifest.metadata, METADATA_BLOB_SIZE_MAX)
-    for descriptor in also:
-        if cache.load_blob(descriptor.digest) is None:
-            missing[descriptor.digest] = _getter(repository, descriptor, IMAGE_CONFIG_SIZE_MAX)
+        missing.append((manifest.metadata, METADATA_BLOB_SIZE_MAX))
+    missing += [
+        (descriptor, IMAGE_CONFIG_SIZE_MAX)
+        for descriptor in also
+        if cache.load_blob(descriptor.digest) is None
+    ]
     if missing:
         meanwhile(manifest.digest)
     try:
-        got = _in_parallel(missing)
+        got = _get(repository, missing)
         for descriptor in also:
             if descriptor.digest in got:
                 cache.store_blob(descriptor.digest, got[descriptor.digest])
         if raw_config is None:
-            raw_config = got["config"]
+            raw_config = got[manifest.config.digest]
             cache.store_blob(manifest.config.digest, raw_config)
         if raw_map is None:
-            raw_map = decompress(got["map"], size_max=CHUNK_MAP_SIZE_MAX, record="chunk map blob")
+            blob = got[manifest.chunk_map.digest]
+            raw_map = decompress(blob, size_max=CHUNK_MAP_SIZE_MAX, record="chunk map blob")
             cache.store_chunk_map(manifest.chunk_map.digest, raw_map)
         config = parse_config(raw_config)
         chunk_map = decode(raw_map)
         if metadata is None:
-            region = _region(got["metadata"], config)
+            region = _region(got[manifest.metadata.digest], config)
             metadata = cache.store_metadata(config.metadata_digest, region)
     except BaseException:
         if metadata is not None:
@@ -143,15 +146,26 @@ def _load_parts(
     return config, metadata, chunk_map
 
 
-def _getter(repository: Repository, descriptor: Descriptor, size_max: int) -> Callable[[], bytes]:
-    return lambda: _verified(repository.blob(descriptor, size_max=size_max), descriptor.digest)
+def _get(repository: Repository, wanted: Sequence[tuple[Descriptor, int]]) -> dict[Digest, bytes]:
+    """Blobs by their digest: those that the manifest embeds from there, the others, each of at most
+    so many bytes, in one round trip."""
+    got = {descriptor.digest: descriptor.data for descriptor, _ in wanted if descriptor.data}
+
+    def getter(descriptor: Descriptor, size_max: int) -> Callable[[], bytes]:
+        return lambda: _blob(repository, descriptor, size_max)
+
+    calls = {pair[0].digest: getter(*pair) for pair in wanted if pair[0].digest not in got}
+    return got | _in_parallel(calls)
 
 
-def _verified(raw: bytes, digest: Digest) -> bytes:
+def _blob(repository: Repository, descriptor: Descriptor, size_max: int) -> bytes:
+    if descriptor.data:
+        return descriptor.data
+    raw = repository.blob(descriptor, size_max=size_max)
     # Repositories verify too; a second look here costs little and trusts no implementation.
     got = sha256_digest(raw)
-    if got != digest:
-        raise DigestMismatch("blob", digest, got)
+    if got != descriptor.digest:
+        raise DigestMismatch("blob", descriptor.digest, got)
     return raw
 
 
@@ -192,18 +206,20 @@ def _check_parts(manifest: SnapshotManifest, config: SnapshotConfig, chunk_map: 
             )
 
 
-def _in_parallel(calls: dict[str, Callable[[], bytes]]) -> dict[str, bytes]:
+def _in_parallel(calls: dict[Digest, Callable[[], bytes]]) -> dict[Digest, bytes]:
     """The results of all calls, or the first one's exception."""
-    results: dict[str, bytes] = {}
+    results: dict[Digest, bytes] = {}
     errors: list[BaseException] = []
+    if not calls:
+        return results
 
-    def run(name: str, call: Callable[[], bytes]) -> None:
+    def run(name: Digest, call: Callable[[], bytes]) -> None:
         try:
             results[name] = call()
         except BaseException as error:
             errors.append(error)
 
-    *others, last = list(calls.items()) or [("", lambda: b"")]
+    *others, last = calls.items()
     threads: list[Any] = [
         threading.Thread(target=run, args=item, daemon=True, name="open") for item in others
     ]

@@ -7,7 +7,6 @@ from imgsnap.convert.artifact import (
     LayerArtifact,
     missing_pack,
     pack_descriptor,
-    put_content,
     put_raw,
 )
 from imgsnap.convert.erofs_write import emit
@@ -17,15 +16,19 @@ from imgsnap.digest import sha256_digest
 from imgsnap.errors import Unavailable
 from imgsnap.formats import chunk_map_codec
 from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
+from imgsnap.formats.frame import compress
 from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageManifest, raw_manifest
 from imgsnap.oci.published import RULES
-from imgsnap.oci.repository import RawManifest, WritableRepository
+from imgsnap.oci.repository import Descriptor, RawManifest, WritableRepository
 from imgsnap.units import BLOCK_SIZE
 
 METADATA_LEVEL = 9
 """Fetched whole before the first read, once per image: worth 12 % for 3x the time of level 3."""
+EMBEDDED_MAX = 4 << 10
+"""Parts that are in the manifest too: they come without a request of their own. A small image's
+start is then one round trip for all parts; a request costs more than 4 KiB on any link."""
 MAP_LEVEL = 3
 """Nearly all of a chunk map is digests, which do not compress."""
 
@@ -91,14 +94,22 @@ def build_snapshot(
         uuid=metadata.uuid.hex(),
         extents=extents,
     )
+
+    def put_part(data: bytes, media_type: str, level: int | None = None) -> Descriptor:
+        """Stores a part; small ones are embedded in the manifest, too."""
+        if level is not None:
+            data = compress(data, level)
+        descriptor = put_raw(target, data, media_type)
+        return replace(descriptor, data=data) if len(data) <= EMBEDDED_MAX else descriptor
+
     blobs = (
-        put_content(target, metadata.metadata, media_types.EROFS_METADATA, METADATA_LEVEL),
-        put_content(target, chunk_map_codec.encode(chunk_map), media_types.CHUNK_MAP, MAP_LEVEL),
-        put_raw(target, image.config_raw, media_types.OCI_CONFIG),
+        put_part(metadata.metadata, media_types.EROFS_METADATA, METADATA_LEVEL),
+        put_part(chunk_map_codec.encode(chunk_map), media_types.CHUNK_MAP, MAP_LEVEL),
+        put_part(image.config_raw, media_types.OCI_CONFIG),
         *(pack_descriptor(pack) for pack in chunk_map.packs),
     )
     document = ImageManifest(
-        config=put_raw(target, config.to_json(), media_types.CONFIG),
+        config=put_part(config.to_json(), media_types.CONFIG),
         layers=blobs,
         subject=replace(image.manifest.descriptor, platform=None, annotations={}),
         artifact_type=media_types.ARTIFACT_SNAPSHOT,

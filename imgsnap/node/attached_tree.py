@@ -1,6 +1,7 @@
 """Mounting an attachment's EROFS, with the readahead that suits what has to be fetched."""
 
 import logging
+import threading
 from pathlib import Path
 
 from imgsnap.errors import ImgsnapError
@@ -28,15 +29,18 @@ def mount_attached(places: ServerPlaces, attachment: Attachment, target: Path) -
     mounted = attach.mount_erofs(device, target, find_bdi=attachment.exact)
     if mounted.bdi:
         attach.set_readahead(mounted.bdi, 0)
-        try:
-            rpc.call_again(
-                places.block_socket,
-                "starting",
-                timeout_s=_CALL_TIMEOUT_S,
-                id=attachment.id,
-                bdi=mounted.bdi,
-            )
-        except ImgsnapError as error:  # its server was replaced: nobody would lift it later
-            _log.info("the start of %s is not waited for: %s", attachment.id, error)
-            attach.set_readahead(mounted.bdi, READ_AHEAD_AFTER_KB)
+        # The start need not wait for this, only this process's end.
+        arguments = (places.block_socket, attachment.id, mounted.bdi)
+        threading.Thread(target=_announce, args=arguments, name="starting").start()
     return mounted
+
+
+def _announce(block_socket: Path, attachment_id: str, bdi: str) -> None:
+    """Has the block server lift the readahead when the start is over."""
+    try:
+        rpc.call_again(
+            block_socket, "starting", timeout_s=_CALL_TIMEOUT_S, id=attachment_id, bdi=bdi
+        )
+    except ImgsnapError as error:  # its server was replaced: nobody would lift it later
+        _log.info("the start of %s is not waited for: %s", attachment_id, error)
+        attach.set_readahead(bdi, READ_AHEAD_AFTER_KB)

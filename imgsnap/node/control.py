@@ -69,6 +69,10 @@ class Control:
             return None
         return found
 
+    def know_supervisor(self) -> None:
+        """Asks for the supervisor's process, so that the first mount need not."""
+        self._supervisor_process()
+
     def _supervisor_process(self) -> ProcessId | None:
         """It is asked once in its life: a mount need not wait for it."""
         known = self._known_supervisor

@@ -66,6 +66,7 @@ def run_daemon(
     control = Control(run_dir, cache_dir)
     ensure_supervisor(places, cache_dir, cache_quota)  # first: undoing asks its block server
     control.mounting.undo_half_done()
+    control.know_supervisor()
     server = rpc.Server(listener, control.handlers())
     server.start()
     systemd.notify(os.environ, "READY=1")

@@ -9,6 +9,7 @@ Raises FormatError (field path in `field`, offset 0), LimitExceeded, or Unsuppor
 schema 1. Specification: image-spec 1.1, manifest.md, image-index.md and descriptor.md.
 """
 
+import base64
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ INDEX_ENTRIES_MAX = 65_536
 """Entries of one index: what 16 MiB of index.json can hold at 256 bytes each."""
 ANNOTATIONS_MAX = 1024
 """Annotations of one object."""
+EMBEDDED_SIZE_MAX = 64 << 10
+"""Bytes of content that a descriptor may embed; what is larger is left to its blob."""
 TEXT_LENGTH_MAX = 64 << 10
 """Characters of one annotation value; annotations can carry small JSON documents."""
 MEDIA_TYPE_LENGTH_MAX = 255
@@ -133,6 +136,7 @@ def parse_descriptor(value: object, *, record: str, where: str = "descriptor") -
         annotations=_annotations(fields, record, where),
         artifact_type=_text(fields, "artifactType", record, where, MEDIA_TYPE_LENGTH_MAX),
         platform=_platform(fields.get("platform"), record, f"{where}.platform"),
+        data=_data(fields),
     )
 
 
@@ -152,6 +156,8 @@ def descriptor_to_json(descriptor: Descriptor) -> dict[str, Any]:
         if descriptor.platform.variant:
             platform["variant"] = descriptor.platform.variant
         value["platform"] = platform
+    if descriptor.data:
+        value["data"] = base64.b64encode(descriptor.data).decode()
     return value
 
 
@@ -307,7 +313,9 @@ def _text(
 def _check_text(text: str, record: str, path: str, length_max: int) -> None:
     if len(text) > length_max:
         raise LimitExceeded("oci.text_length_max", len(text), length_max, where=f"{record}: {path}")
-    if any("\ud800" <= char <= "\udfff" for char in text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         # JSON can spell half a surrogate pair, which no UTF-8 writer can print back.
         _fail(record, path, "holds half a surrogate pair")
 
@@ -336,6 +344,19 @@ def _size(fields: dict[str, Any], record: str, where: str) -> int:
     if not 0 <= size < SIZE_LIMIT:
         _fail(record, f"{where}.size", "is negative or over 63 bits")
     return size
+
+
+def _data(fields: dict[str, Any]) -> bytes:
+    """Embedded content (image-spec, descriptor.md) that is what size and digest say. b"" for any
+    other, and for none: then the blob is fetched, as if nothing were embedded."""
+    text, size = fields.get("data"), fields["size"]
+    if not isinstance(text, str) or size > EMBEDDED_SIZE_MAX or len(text) != -(-size // 3) * 4:
+        return b""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        return b""
+    return data if sha256_digest(data) == fields["digest"] else b""
 
 
 def _annotations(value: dict[str, Any], record: str, where: str) -> dict[str, str]:

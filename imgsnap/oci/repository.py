@@ -39,6 +39,7 @@ class Descriptor:
     annotations: Mapping[str, str] = field(default_factory=dict)
     artifact_type: str = ""
     platform: Platform | None = None
+    data: bytes = b""  # the content itself, verified, where the descriptor embeds it
 
 
 @dataclass(frozen=True, slots=True)

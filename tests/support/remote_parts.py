@@ -66,6 +66,7 @@ class DirectoryDevices:
     deleted: set[Digest] = field(default_factory=set)
     busy: set[Digest] = field(default_factory=set)
     split: set[Digest] = field(default_factory=set)  # not in one file
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def _path(self, snapshot: Digest) -> Path:
         return self.root / snapshot[7:]
@@ -76,8 +77,9 @@ class DirectoryDevices:
         if snapshot in self.deleted:
             raise NotFound(f"{repository} has no {snapshot}")
         path = self._path(snapshot)
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "device").write_text(snapshot)
+        with self._lock:  # a row that is being removed may be shown and released at once
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "device").write_text(snapshot)
         return path
 
     def file(self, repository: str, snapshot: Digest) -> Path | None:
@@ -86,8 +88,9 @@ class DirectoryDevices:
     def release(self, snapshot: Digest) -> None:
         if snapshot in self.busy:
             raise Busy("open files")
-        (self._path(snapshot) / "device").unlink(missing_ok=True)
-        self._path(snapshot).rmdir()
+        with self._lock:
+            (self._path(snapshot) / "device").unlink(missing_ok=True)
+            self._path(snapshot).rmdir()
 
     def shown(self) -> Iterable[Digest]:
         if self.root.exists():

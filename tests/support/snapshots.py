@@ -1,5 +1,6 @@
 """Snapshots made by mkfs.erofs instead of our converter: an independent judge of the loader."""
 
+import base64
 import hashlib
 import itertools
 import json
@@ -7,7 +8,7 @@ import os
 import random
 import subprocess
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from imgsnap.digest import Digest, chunk_id, sha256_digest
@@ -86,8 +87,10 @@ def build_snapshot(
     created: str = "",
     architecture: str = "amd64",
     subject: Descriptor | None = None,
+    embedded: bool = False,
 ) -> BuiltSnapshot:
-    """Cuts a device into metadata, extents and chunks of the given block counts in turn."""
+    """Cuts a device into metadata, extents and chunks of the given block counts in turn; the
+    manifest has the small parts in it when they are to be `embedded`."""
     blobs: dict[Digest, bytes] = {}
     region = device[: metadata_blocks * BLOCK_SIZE]
     total = len(device) // BLOCK_SIZE
@@ -109,7 +112,10 @@ def build_snapshot(
         *pack_layers,
         _add(blobs, IMAGE_CONFIG_TYPE, b'{"config":{}}'),
     ]
-    raw = manifest_json(_add(blobs, CONFIG_TYPE, config.to_json()), layers, created, subject)
+    first = _add(blobs, CONFIG_TYPE, config.to_json())
+    if embedded:
+        first, layers = _embed(first, blobs), [_embed(layer, blobs) for layer in layers]
+    raw = manifest_json(first, layers, created, subject)
     annotations = {"org.opencontainers.image.created": created} if created else {}
     descriptor = Descriptor(
         MANIFEST_TYPE, sha256_digest(raw), len(raw), annotations, artifact_type=SNAPSHOT_TYPE
@@ -151,11 +157,19 @@ def index_manifest(entries: list[tuple[Descriptor, str]]) -> RawManifest:
 
 
 def _json(descriptor: Descriptor) -> dict[str, object]:
-    return {
+    value: dict[str, object] = {
         "mediaType": descriptor.media_type,
         "digest": descriptor.digest,
         "size": descriptor.size,
     }
+    if descriptor.data:
+        value["data"] = base64.b64encode(descriptor.data).decode()
+    return value
+
+
+def _embed(descriptor: Descriptor, blobs: dict[Digest, bytes]) -> Descriptor:
+    small = descriptor.media_type != PACK_TYPE
+    return replace(descriptor, data=blobs[descriptor.digest]) if small else descriptor
 
 
 def _add(blobs: dict[Digest, bytes], media_type: str, data: bytes) -> Descriptor:

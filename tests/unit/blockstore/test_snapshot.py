@@ -44,6 +44,19 @@ def test_a_cold_open_is_one_manifest_and_three_blobs(built, tmp_path):
     snapshot.close()
 
 
+def test_embedded_parts_cost_no_request_and_are_kept(tmp_path):
+    built = build_snapshot(random_device(300), embedded=True)
+    repository = MemoryRepository(built)
+    snapshot = open_snapshot(repository, "latest", NodeCache(tmp_path), image_config=True)
+    assert [kind for kind, *_ in repository.log] == ["manifest"]
+    assert snapshot.config == built.config
+    assert snapshot.metadata.read(snapshot.metadata_size) == built.device[: snapshot.metadata_size]
+    snapshot.close()
+    by_digest = MemoryRepository(built)
+    open_snapshot(by_digest, built.digest, NodeCache(tmp_path), image_config=True).close()
+    assert by_digest.log == []
+
+
 def test_a_warm_open_asks_only_for_the_tag_and_a_digest_asks_nothing(built, tmp_path):
     open_snapshot(MemoryRepository(built), "latest", NodeCache(tmp_path)).close()
     by_tag = MemoryRepository(built)

@@ -1,5 +1,6 @@
 """Manifests and indexes: what is read, what is refused, what is written."""
 
+import base64
 import contextlib
 import json
 
@@ -61,6 +62,34 @@ def test_reads_a_manifest_with_everything():
         artifact_type="a/b",
         annotations={"k": "v"},
     )
+
+
+def embedded(content: bytes, text: str | None = None) -> bytes:
+    """What the descriptor's data is taken for."""
+    entry = {
+        "mediaType": "a/b",
+        "digest": sha256_digest(content),
+        "size": len(content),
+        "data": base64.b64encode(content).decode() if text is None else text,
+    }
+    return parse_manifest(raw(image(config=entry))).config.data
+
+
+def test_embedded_content_survives():
+    assert embedded(b"content") == b"content"
+    config = Descriptor("a/b", sha256_digest(b"content"), 7, data=b"content")
+    document = ImageManifest(config=config, layers=())
+    assert parse_manifest(document_bytes(document)) == document
+
+
+@pytest.mark.parametrize("text", ["", "!!!!!!!!!!!!", "Y29udGVuZA==", "Y29udGVudA", "Y29udGVudAAA"])
+def test_embedded_content_that_is_not_the_blob_counts_for_nothing(text):
+    assert embedded(b"content", text) == b""
+
+
+def test_much_embedded_content_is_left_to_its_blob():
+    assert embedded(bytes(manifest.EMBEDDED_SIZE_MAX)) != b""
+    assert embedded(bytes(manifest.EMBEDDED_SIZE_MAX + 1)) == b""
 
 
 def test_reads_an_index_with_platforms():
