@@ -35,13 +35,15 @@ def command(
     format_: str,
     **flags: Any,
 ) -> int:
-    """Verify every digest of the snapshot REF, and that its file system can be walked.
+    """Verify every digest of the snapshot REF, and that its file system can be walked. Its dm-verity
+    hash tree, if it has one, is computed anew.
 
     With --source also compare each entry's type, mode, owner, mtime, xattrs, device number, link
     group and content with the image's layers, unpacked independently of the converter. Exit code
     3 when something is damaged or differs.
     """
     from imgsnap.blockstore.materialise import materialise
+    from imgsnap.blockstore.verity_tree import check_tree
 
     places = Places(settings, flags)
     directory = work_dir or settings.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108
@@ -50,6 +52,7 @@ def command(
         snapshot = places.snapshot(stack, ref, platform)
         device = work / "device"
         verified = materialise(snapshot, device)
+        root_hash = check_tree(snapshot.config, device, work / "hash-tree")
         entries, differences = _compare(places, stack, device, source, snapshot, work)
     result = {
         "digest": snapshot.manifest.digest,
@@ -57,6 +60,7 @@ def command(
         "packBytes": verified.pack_bytes,
         "chunks": verified.chunks,
         "zeroChunks": verified.zero_chunks,
+        "rootHash": root_hash,
         "entries": entries,
         "source": source,
         "differences": [
@@ -104,6 +108,8 @@ def _print(result: dict[str, Any], differences: list[Any]) -> None:
         f"{result['digest']}: {result['chunks']} chunks in {result['packs']} packs "
         f"({format_size(result['packBytes'])}) verified, {result['entries']} entries walked"
     )
+    if result["rootHash"] is not None:
+        click.echo(f"dm-verity root hash {result['rootHash']} computed anew: right")
     for d in differences[:SHOWN]:
         click.echo(f"  {printable(d.path) or '/'}: {d.field}: {d.snapshot} (source: {d.source})")
     if len(differences) > SHOWN:

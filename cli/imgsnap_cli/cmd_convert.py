@@ -5,7 +5,7 @@ import os
 import resource
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from imgsnap_cli.settings import Settings
     show_default=True,
     help="What TARGET is: the snapshot, or an image that containerd runs from it",
 )
+@click.option("--verity", is_flag=True, help="Add a dm-verity hash tree, by which guests verify")
 @click.option(
     "--reuse",
     multiple=True,
@@ -57,6 +58,7 @@ def command(
     platforms: tuple[str, ...],
     all_platforms: bool,
     form: str,
+    verity: bool,
     reuse: tuple[str, ...],
     compression: str,
     chunk_size: str,
@@ -89,8 +91,10 @@ def command(
     started = time.monotonic()
     if platforms and all_platforms:
         raise InvalidArgument("--platform and --all-platforms exclude each other")
-    options = _options(
-        settings, compression, chunk_size, jobs, work_dir, limits, strip_root=absolute_names
+    options = replace(
+        _options(settings, compression, chunk_size, jobs, work_dir, limits),
+        strip_root=absolute_names,
+        verity=verity,
     )
     wanted = [parse_platform(text) for text in platforms]
     places = Places(settings, flags)
@@ -126,8 +130,6 @@ def _options(
     jobs: int | None,
     work_dir: str | None,
     limits: tuple[str, ...],
-    *,
-    strip_root: bool,
 ) -> Any:
     from imgsnap.convert.limits import Limits
     from imgsnap.convert.pipeline import Options
@@ -152,7 +154,6 @@ def _options(
         level=int(level or 3),
         jobs=jobs or len(os.sched_getaffinity(0)),
         limits=bounds,
-        strip_root=strip_root,
     )
 
 
@@ -190,6 +191,8 @@ def _print(target: str, result: Any, seconds: float) -> None:
         if len(result.images) > 1:
             click.echo(f"{image.platform}: {image.snapshot.manifest.descriptor.digest}")
         print_table(("LAYER", "", "SIZE", "CHUNKS", "NEW", "STORED"), rows)
+        if image.snapshot.config.root_hash is not None:
+            click.echo(f"dm-verity root hash {image.snapshot.config.root_hash}")
     click.echo(f"{target}@{digest} in {seconds:.1f} s")
 
 
@@ -210,7 +213,8 @@ def _write_report(path: Path, source: str, target: str, result: Any, seconds: fl
                 "digest": image.snapshot.manifest.descriptor.digest,
                 "config": image.snapshot.config.source_config,
                 "inodes": image.snapshot.config.inode_count,
-                "deviceSize": image.snapshot.config.total_blocks * 4096,
+                "deviceSize": image.snapshot.config.device_blocks * 4096,
+                "rootHash": image.snapshot.config.root_hash,
                 "metadataStored": image.snapshot.metadata_stored,
                 "chunkMapStored": image.snapshot.chunk_map_stored,
                 "seconds": round(image.seconds, 3),

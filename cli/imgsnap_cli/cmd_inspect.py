@@ -16,6 +16,7 @@ from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
     from imgsnap.blockstore.snapshot import Snapshot
+    from imgsnap.formats.snapshot_config import SnapshotConfig
 
 Frame = tuple[int, int]
 """(pack number, offset): one stored frame."""
@@ -55,15 +56,16 @@ def describe(snapshot: "Snapshot") -> dict[str, Any]:
     config, chunk_map = snapshot.config, snapshot.chunk_map
     users: Counter[Frame] = Counter()
     lengths: dict[Frame, int] = {}
-    per_layer: list[set[Frame]] = []
+    per_extent: list[set[Frame]] = []
     for extent in chunk_map.extents:
         rows = zip(extent.pack, extent.offset, extent.length, strict=True)
         frames = {(pack, offset): length for pack, offset, length in rows if pack != ZERO_PACK}
         lengths.update(frames)
         users.update(frames.keys())
-        per_layer.append(set(frames))
+        per_extent.append(set(frames))
     layers = []
-    for extent, stated, used in zip(chunk_map.extents, config.extents, per_layer, strict=True):
+    # After the layers' extents comes that of the hash tree, if there is one.
+    for extent, stated, used in zip(chunk_map.extents, config.extents, per_extent, strict=False):
         stored = sum(lengths[frame] for frame in used)
         shared = sum(lengths[frame] for frame in used if users[frame] > 1)
         layers.append(
@@ -95,7 +97,21 @@ def describe(snapshot: "Snapshot") -> dict[str, Any]:
         "chunkMap": {"stored": manifest.chunk_map.size},
         "packs": [{"digest": pack.digest, "size": pack.size} for pack in chunk_map.packs],
         "stored": sum(lengths.values()),
+        "verity": _verity(config, [lengths[frame] for used in per_extent[-1:] for frame in used]),
         "layers": layers,
+    }
+
+
+def _verity(config: "SnapshotConfig", stored: list[int]) -> dict[str, Any] | None:
+    """The hash tree as `veritysetup` asks for it; sizes in bytes."""
+    if config.verity is None:
+        return None
+    return {
+        "rootHash": config.verity.root_hash,
+        "dataBlocks": config.total_blocks,
+        "hashOffset": config.total_blocks * BLOCK_SIZE,
+        "size": config.verity.extent.blocks * BLOCK_SIZE,
+        "stored": sum(stored),
     }
 
 
@@ -119,6 +135,13 @@ def _boot_packs(snapshot: "Snapshot") -> list[dict[str, Any]] | None:
     ]
 
 
+def _verity_pairs(verity: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if verity is None:
+        return []
+    size, stored = format_size(verity["size"]), format_size(verity["stored"])
+    return [("root hash", verity["rootHash"]), ("hash tree", f"{size}, stored {stored}")]
+
+
 def _print(value: dict[str, Any]) -> None:
     metadata = value["metadata"]
     pairs = (
@@ -130,6 +153,7 @@ def _print(value: dict[str, Any]) -> None:
         ("chunk map", f"stored {format_size(value['chunkMap']['stored'])}"),
         ("data", f"stored {format_size(value['stored'])} in {len(value['packs'])} packs"),
         ("rules", value["rules"]),
+        *_verity_pairs(value["verity"]),
     )
     for name, text in pairs:
         click.echo(f"{name + ':':<14}{text}")

@@ -117,7 +117,9 @@ def snapshot_parts(snapshot: Snapshot) -> frozenset[Part]:
     found.add(Part("chunk-maps", digest_hex(manifest.chunk_map.digest)))
     found.add(Part("metadata", digest_hex(config.metadata_digest)))
     found.add(Part("direct", digest_hex(manifest.config.digest)))
-    found.update(Part("extents", extent.extent_id) for extent in config.extents if extent.blocks)
+    found.update(
+        Part("extents", extent.extent_id) for extent in config.device_extents if extent.blocks
+    )
     return frozenset(found)
 
 

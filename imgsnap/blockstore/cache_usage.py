@@ -130,7 +130,7 @@ class _Known:
         found.update(Part("packs", digest_hex(digest)) for digest in self.manifest.packs)
         if self.config is not None:
             found.add(Part("metadata", digest_hex(self.config.metadata_digest)))
-            found.update(Part("extents", extent.extent_id) for extent in self.config.extents)
+            found.update(Part("extents", extent.extent_id) for extent in self.config.device_extents)
         return frozenset(found)
 
 
@@ -214,7 +214,7 @@ def _known(cache: NodeCache, manifest: SnapshotManifest) -> _Known:
 def _progress(cache: NodeCache, snapshot: _Known) -> tuple[int, int]:
     """Bytes of the device that are here, and all of them."""
     if snapshot.config is None or snapshot.chunk_map is None:
-        return 0, snapshot.config.total_blocks * BLOCK_SIZE if snapshot.config else 0
+        return 0, snapshot.config.device_blocks * BLOCK_SIZE if snapshot.config else 0
     metadata = cache.root / "metadata" / digest_hex(snapshot.config.metadata_digest)
     blocks = snapshot.config.metadata_blocks if metadata.exists() else 0
     for extent in snapshot.chunk_map.extents:
@@ -228,7 +228,7 @@ def _progress(cache: NodeCache, snapshot: _Known) -> tuple[int, int]:
             for count, on_disk, pack in zip(extent.blocks, here, extent.pack, strict=False)
             if on_disk or pack == ZERO_PACK
         )
-    return blocks * BLOCK_SIZE, snapshot.config.total_blocks * BLOCK_SIZE
+    return blocks * BLOCK_SIZE, snapshot.config.device_blocks * BLOCK_SIZE
 
 
 def _names(cache: NodeCache) -> dict[Digest, set[str]]:

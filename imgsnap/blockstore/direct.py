@@ -139,7 +139,9 @@ def open_direct(snapshot: Snapshot, cache: NodeCache) -> DirectDevice | None:
         pool = ExtentPool(cache)
         extents: list[ExtentCache] = []
         slots: list[DeviceSlot] = []
-        for extent, stated in zip(snapshot.chunk_map.extents, snapshot.config.extents, strict=True):
+        # The hash tree, if there is one, comes after the layers: no inode refers to it.
+        layers = zip(snapshot.chunk_map.extents, snapshot.config.extents, strict=False)
+        for extent, stated in layers:
             if not extent.total_blocks:
                 continue
             held = pool.acquire(extent)

@@ -455,7 +455,8 @@ def _parts(snapshot: Snapshot, pool: ExtentPool, statistics: Statistics) -> list
     """The device's parts in order; acquires the extents."""
     parts = [_Part(0, snapshot.metadata_size, None)]
     try:
-        for extent, stated in zip(snapshot.chunk_map.extents, snapshot.config.extents, strict=True):
+        stated_extents = snapshot.config.device_extents
+        for extent, stated in zip(snapshot.chunk_map.extents, stated_extents, strict=True):
             if not extent.total_blocks:
                 continue
             source = ChunkSource(

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.resolve import resolve_snapshot
 from imgsnap.blockstore.snapshot_manifest import SnapshotManifest, snapshot_manifest
-from imgsnap.digest import Digest, sha256_digest
+from imgsnap.digest import Digest, digest_from_raw, sha256_digest
 from imgsnap.errors import DigestMismatch, FormatError, IntegrityError, NotFound
 from imgsnap.formats.chunk_map import ChunkMap
 from imgsnap.formats.chunk_map_codec import CHUNK_MAP_SIZE_MAX, decode
@@ -42,7 +42,7 @@ class Snapshot:
     @property
     def size(self) -> int:
         """Bytes of the device."""
-        return self.config.total_blocks * BLOCK_SIZE
+        return self.config.device_blocks * BLOCK_SIZE
 
     def close(self) -> None:
         self.metadata.close()
@@ -188,13 +188,22 @@ def _region(blob: bytes, config: SnapshotConfig) -> bytes:
 
 def _check_parts(manifest: SnapshotManifest, config: SnapshotConfig, chunk_map: ChunkMap) -> None:
     """The chunk map describes the config's extents, in packs that the manifest lists."""
-    if len(chunk_map.extents) != len(config.extents):
-        raise IntegrityError(
-            f"chunk map has {len(chunk_map.extents)} extents, config {len(config.extents)}"
+    stated = [(extent.diff_id, extent.blocks, extent.extent_id) for extent in config.extents]
+    if config.verity is not None:
+        tree = config.verity.extent
+        name = digest_from_raw(bytes.fromhex(config.verity.root_hash))
+        stated.append((name, tree.blocks, tree.extent_id))
+    if manifest.root_hash != config.root_hash:
+        said = " and ".join(
+            str(hash_ or "none") for hash_ in (manifest.root_hash, config.root_hash)
         )
-    for number, (extent, stated) in enumerate(zip(chunk_map.extents, config.extents, strict=True)):
-        pure = (extent.diff_id, extent.total_blocks, extent.id)
-        if pure != (stated.diff_id, stated.blocks, stated.extent_id):
+        raise IntegrityError(f"manifest and config state different dm-verity root hashes: {said}")
+    if len(chunk_map.extents) != len(stated):
+        raise IntegrityError(
+            f"chunk map has {len(chunk_map.extents)} extents, config {len(stated)}"
+        )
+    for number, (extent, pure) in enumerate(zip(chunk_map.extents, stated, strict=True)):
+        if (extent.diff_id, extent.total_blocks, extent.id) != pure:
             raise IntegrityError(
                 f"extent {number} of the chunk map ({extent.diff_id}) is not the config's"
             )

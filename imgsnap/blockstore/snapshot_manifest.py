@@ -7,8 +7,10 @@ from typing import NamedTuple
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import FormatError, InvalidArgument
 from imgsnap.formats.stub_layer import ANNOTATION
+from imgsnap.formats.verity import is_root_hash
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageIndex, ImageManifest, parse_document, parse_manifest
+from imgsnap.oci.published import ROOT_HASH
 from imgsnap.oci.repository import Descriptor, RawManifest
 
 RECORD = "snapshot manifest"
@@ -24,6 +26,7 @@ class SnapshotManifest:
     chunk_map: Descriptor
     image_config: Descriptor | None
     packs: Mapping[Digest, Descriptor]
+    root_hash: str | None = None  # of the dm-verity tree, hex; the config has to state the same
 
 
 class ManifestKind(NamedTuple):
@@ -78,4 +81,12 @@ def snapshot_manifest(raw: RawManifest) -> SnapshotManifest:
         chunk_map=by_type[media_types.CHUNK_MAP][0],
         image_config=images[0] if images else None,
         packs={pack.digest: pack for pack in by_type.get(media_types.PACK, ())},
+        root_hash=_root_hash(document),
     )
+
+
+def _root_hash(document: ImageManifest) -> str | None:
+    root_hash = document.annotations.get(ROOT_HASH)
+    if root_hash is not None and not is_root_hash(root_hash):
+        raise FormatError(RECORD, ROOT_HASH, 0, "is not 64 hex digits")
+    return root_hash

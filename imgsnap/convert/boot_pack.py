@@ -65,8 +65,10 @@ def build(snapshot: Snapshot, reader: BlockReader, traces: Iterable[Trace], path
     the roots that the chunk map states. Raises InvalidArgument when the snapshot has none of the
     blocks, IntegrityError, and what reading raises.
     """
-    bases = {extent.extent_id: extent.base_block for extent in reversed(snapshot.config.extents)}
-    sizes = {extent.extent_id: extent.blocks for extent in snapshot.config.extents}
+    bases = {
+        extent.extent_id: extent.base_block for extent in reversed(snapshot.config.device_extents)
+    }
+    sizes = {extent.extent_id: extent.blocks for extent in snapshot.config.device_extents}
     order = list(merged(traces, boot_pack.BLOCKS_MAX))
     known = [(extent, block) for extent, block in order if block < sizes.get(extent, 0)]
     if not known:

@@ -59,7 +59,8 @@ def plan(files: FileColumns, rules: Rules) -> Iterator[PlannedChunk]:
             if group:
                 yield PlannedChunk(grouped // BLOCK_SIZE, tuple(group))
                 group, grouped = [], 0
-            yield from _split(row, size, target, low)
+            for offset, length in pieces(size, rules):
+                yield PlannedChunk(blocks_for(length), (Piece(row, offset, length),))
             continue
         padded = blocks_for(size) * BLOCK_SIZE
         if group and grouped + padded > high:
@@ -76,10 +77,12 @@ def plan(files: FileColumns, rules: Rules) -> Iterator[PlannedChunk]:
         yield PlannedChunk(grouped // BLOCK_SIZE, tuple(group))
 
 
-def _split(row: int, size: int, target: int, low: int) -> Iterator[PlannedChunk]:
-    """A large file in pieces of `target` from its start; the last is under target + low."""
+def pieces(size: int, rules: Rules) -> Iterator[tuple[int, int]]:
+    """Offset and length of a large file's chunks: pieces of the target's size from its start, of
+    which the last one is shorter than target + min."""
     offset = 0
     while offset < size:
-        length = target if size - offset >= target + low else size - offset
-        yield PlannedChunk(blocks_for(length), (Piece(row, offset, length),))
+        rest = size - offset
+        length = rules.chunk_target if rest >= rules.chunk_target + rules.chunk_min else rest
+        yield offset, length
         offset += length

@@ -12,7 +12,7 @@ import os
 import threading
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 from functools import cache
@@ -162,16 +162,23 @@ class Packer:
         self._pack_size = pack_size
         self._packs_made = 0
 
-    def pack(self, layer: BuiltLayer, tar: Path, advance: Callable[[int], None]) -> PackedLayer:
-        """Stores the layer's new chunks; `advance` is told of extent bytes as they are done.
+    def pack(self, layer: BuiltLayer, tar: Path, advance: Callable[[bytes], None]) -> PackedLayer:
+        """Stores the layer's new chunks; `advance` gets the extent's bytes as they are done, in
+        order.
 
         Raises ResourceExhausted when the work directory's disk is full.
         """
+        return self.pack_chunks(layer.index.diff_id, _chunks(layer, tar), advance)
+
+    def pack_chunks(
+        self, name: Digest, chunks: Iterable[bytes], advance: Callable[[bytes], None]
+    ) -> PackedLayer:
+        """Stores the new chunks of an extent, which its record in the chunk map calls `name`."""
         session = _Session()
         try:
-            for chunk, data in _chunks(layer, tar):
-                self._take(session, chunk, data)
-                advance(len(data))
+            for data in chunks:
+                self._take(session, data)
+                advance(data)
             while session.pending:
                 self._append(session, session.pending.popleft())
             self._close_pack(session)
@@ -185,9 +192,10 @@ class Packer:
                 pending.frame.cancel()
             if session.current is not None:
                 session.current.abandon()
-        return self._result(session, layer)
+        return self._result(session, name)
 
-    def _take(self, session: _Session, chunk: ChunkId, data: bytes) -> None:
+    def _take(self, session: _Session, data: bytes) -> None:
+        chunk = chunk_id(data)
         row = _Row(chunk, len(data) // BLOCK_SIZE)
         session.rows.append(row)
         session.tree.update(data)
@@ -219,7 +227,7 @@ class Packer:
             session.packs.append(session.current.finish())
             session.current = None
 
-    def _result(self, session: _Session, layer: BuiltLayer) -> PackedLayer:
+    def _result(self, session: _Session, name: Digest) -> PackedLayer:
         numbers: dict[PackRef, int] = {}
         columns = array("H"), array("H"), array("I"), array("I")
         stored = [row for row in session.rows if row.pack is not None]
@@ -238,9 +246,7 @@ class Packer:
                 f"a layer's chunks lie in {len(numbers)} packs, over {PACKS_MAX}"
             )
         ids = b"".join(row.chunk for row in session.rows)
-        extent = Extent(
-            layer.index.diff_id, layer.index.extent_blocks, session.tree.root, ids, *columns
-        )
+        extent = Extent(name, sum(columns[0]), session.tree.root, ids, *columns)
         return PackedLayer(
             ChunkMap(tuple(numbers), (extent,)),
             tuple(session.packs),
@@ -255,8 +261,8 @@ def _placed(row: _Row, packs: list[Pack]) -> ChunkPlace | None:
     return ChunkPlace(packs[row.pack].ref, row.offset, row.length)
 
 
-def _chunks(layer: BuiltLayer, tar: Path) -> Iterator[tuple[ChunkId, bytes]]:
-    """(id, padded bytes) of each chunk of the extent."""
+def _chunks(layer: BuiltLayer, tar: Path) -> Iterator[bytes]:
+    """The padded bytes of each chunk of the extent."""
     fd = os.open(tar, os.O_RDONLY)
     try:
         for planned in chunker.plan(layer.index.files, layer.index.rules):
@@ -266,6 +272,6 @@ def _chunks(layer: BuiltLayer, tar: Path) -> Iterator[tuple[ChunkId, bytes]]:
                 parts.append(bytes(-piece.length % BLOCK_SIZE))
             data = b"".join(parts)
             assert len(data) == planned.blocks * BLOCK_SIZE
-            yield chunk_id(data), data
+            yield data
     finally:
         os.close(fd)

@@ -35,6 +35,7 @@ from imgsnap.convert.packer import PackedLayer, Packer
 from imgsnap.convert.progress import Progress
 from imgsnap.convert.snapshot import Snapshot, build_snapshot
 from imgsnap.convert.source import SourceImage
+from imgsnap.convert.verity import BlockHashes, Sealer
 from imgsnap.digest import Digest
 from imgsnap.errors import ResourceExhausted
 from imgsnap.formats.chunk_map import PackRef
@@ -52,7 +53,7 @@ ABANDON_AFTER_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How to convert; nothing here but `rules` and `level` changes a published byte."""
+    """How to convert; nothing here but `rules`, `level` and `verity` changes a published byte."""
 
     work_dir: Path
     rules: Rules = field(default_factory=Rules)
@@ -60,6 +61,7 @@ class Options:
     jobs: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     limits: Limits = field(default_factory=Limits)
     strip_root: bool = False  # take absolute names in tars as relative to the root
+    verity: bool = False  # add a hash tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,7 @@ class Conversion:
         self._running: list[Future[Any]] = []
         self._taking = threading.Lock()
         self._prepared = False
+        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         work_dir = self._options.work_dir
@@ -144,6 +147,7 @@ class Conversion:
         self._transfer = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="imgsnap-transfer")
         work = Path(self._work.name)
         self._packer = Packer(work, self._options.level, self._compress, self._known)
+        self._hashes = self._open.enter_context(BlockHashes(work / "block-hashes"))
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -154,6 +158,7 @@ class Conversion:
         # transport is patient. It is left behind: whatever it writes goes to a deleted file.
         failed = exc_info[0] is not None
         wait(self._running, timeout=ABANDON_AFTER_S if failed else None)
+        self._open.close()
         self._work.cleanup()
 
     def convert(self, source: Repository, image: SourceImage) -> ConvertedImage:
@@ -168,9 +173,10 @@ class Conversion:
         self._find_converted(layers, artifacts, reports)
         missing = [layer for layer in layers.values() if layer.diff_id not in artifacts]
         self._convert_layers(source, missing, artifacts, reports)
+        seal = self._sealer(artifacts) if self._options.verity else None
         cpu = time.process_time()
         snapshot = build_snapshot(
-            self._target, image, [artifacts[layer.diff_id] for layer in image.layers]
+            self._target, image, [artifacts[layer.diff_id] for layer in image.layers], seal
         )
         return ConvertedImage(
             snapshot,
@@ -179,6 +185,15 @@ class Conversion:
             time.monotonic() - started,
             time.process_time() - cpu,
         )
+
+    def _sealer(self, artifacts: dict[Digest, LayerArtifact]) -> Sealer:
+        """Takes the block hashes of layers that were converted before."""
+        unknown = [item for diff_id, item in artifacts.items() if diff_id not in self._hashes]
+        if unknown:
+            self._hashes.read_back(self._target, unknown, self._progress)
+        work = Path(self._work.name)
+        rules = self._options.rules
+        return Sealer(self._hashes, self._packer, rules, self._target, work, self._progress)
 
     def _find_converted(
         self,
@@ -297,9 +312,18 @@ class Conversion:
 
     def _pack(self, layer: LayerSource, built: BuiltLayer, tar: Path) -> PackedLayer:
         self._progress.stage(layer.label, "pack", built.index.extent_blocks << 12)
-        packed = self._packer.pack(
-            built, tar, lambda count: self._progress.advance(layer.label, count)
+        hashed = (
+            self._hashes.taker(layer.diff_id, built.index.extent_blocks)
+            if self._options.verity
+            else None
         )
+
+        def advance(data: bytes) -> None:
+            if hashed is not None:
+                hashed(data)
+            self._progress.advance(layer.label, len(data))
+
+        packed = self._packer.pack(built, tar, advance)
         tar.unlink()
         return packed
 

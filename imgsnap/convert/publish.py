@@ -8,12 +8,12 @@ from imgsnap.convert.dedupe import sync_chunk_index
 from imgsnap.convert.image import put_image
 from imgsnap.convert.pipeline import Conversion, ConvertedImage, Options
 from imgsnap.convert.progress import Progress
+from imgsnap.convert.snapshot import root_hash_annotation
 from imgsnap.convert.source import SourceImage
 from imgsnap.errors import AlreadyExists, NotFound
-from imgsnap.formats.rules import Rules
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageIndex, raw_manifest
-from imgsnap.oci.published import NO_PLATFORM, RULES, SOURCE, Content, Form, content_of
+from imgsnap.oci.published import NO_PLATFORM, RULES, SOURCE, Content, Converted, Form, content_of
 from imgsnap.oci.repository import (
     Descriptor,
     RawManifest,
@@ -31,15 +31,19 @@ class Published:
 
 
 def existing(
-    target: Repository, tag: str, images: Sequence[SourceImage], rules: Rules, form: Form
+    target: Repository, tag: str, images: Sequence[SourceImage], options: Options, form: Form
 ) -> RawManifest | None:
-    """The tag's manifest when it is already the snapshot of these images under these rules.
+    """The tag's manifest when it is already the snapshot of these images under these rules, with
+    or without hash trees as wanted.
 
     Raises AlreadyExists when the tag holds something that is no snapshot at all.
     """
     raw = held_snapshot(target, tag)
-    sources = tuple((str(image.manifest.descriptor.digest), rules.text) for image in images)
-    return raw if raw is not None and content_of(raw) == Content(form, sources) else None
+    wanted = tuple(
+        Converted(str(image.manifest.descriptor.digest), options.rules.text, options.verity)
+        for image in images
+    )
+    return raw if raw is not None and content_of(raw) == Content(form, wanted) else None
 
 
 def held_snapshot(target: Repository, tag: str) -> RawManifest | None:
@@ -81,7 +85,7 @@ def publish(
     if form is Form.SNAPSHOT and len(images) != 1:
         form = Form.INDEX
     if not force:
-        current = existing(target, tag, images, options.rules, form)
+        current = existing(target, tag, images, options, form)
         if current is not None:
             return Published(current, ())
     for repository in (target, *reuse):
@@ -125,5 +129,6 @@ def _entry(image: SourceImage, result: ConvertedImage, manifest: RawManifest) ->
         annotations={
             SOURCE: str(image.manifest.descriptor.digest),
             RULES: result.snapshot.config.rules,
+            **root_hash_annotation(result.snapshot.config),
         },
     )

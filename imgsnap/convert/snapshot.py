@@ -9,18 +9,19 @@ from imgsnap.convert.artifact import (
     pack_descriptor,
     put_raw,
 )
+from imgsnap.convert.chunk_maps import merge_chunk_maps
 from imgsnap.convert.erofs_write import emit
 from imgsnap.convert.flatten import flatten
 from imgsnap.convert.source import SourceImage
+from imgsnap.convert.verity import Seal
 from imgsnap.digest import sha256_digest
 from imgsnap.errors import Unavailable
 from imgsnap.formats import chunk_map_codec
-from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
 from imgsnap.formats.frame import compress
 from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageManifest, raw_manifest
-from imgsnap.oci.published import RULES
+from imgsnap.oci.published import ROOT_HASH, RULES
 from imgsnap.oci.repository import Descriptor, RawManifest, WritableRepository
 from imgsnap.units import BLOCK_SIZE
 
@@ -43,25 +44,14 @@ class Snapshot:
     chunk_map_stored: int
 
 
-def merge_chunk_maps(maps: Sequence[ChunkMap]) -> ChunkMap:
-    """One map of all extents, each pack listed once, in order of first use."""
-    numbers: dict[PackRef, int] = {}
-    extents: list[Extent] = []
-    for chunk_map in maps:
-        renumbered = [numbers.setdefault(pack, len(numbers)) for pack in chunk_map.packs]
-        for extent in chunk_map.extents:
-            pack = extent.pack[:]
-            for row, number in enumerate(pack):
-                if number != ZERO_PACK:
-                    pack[row] = renumbered[number]
-            extents.append(replace(extent, pack=pack))
-    return ChunkMap(tuple(numbers), tuple(extents))
-
-
 def build_snapshot(
-    target: WritableRepository, image: SourceImage, layers: Sequence[LayerArtifact]
+    target: WritableRepository,
+    image: SourceImage,
+    layers: Sequence[LayerArtifact],
+    seal: Seal | None = None,
 ) -> Snapshot:
-    """Merges the layers and stores the snapshot by digest, as a referrer of its source image.
+    """Merges the layers and stores the snapshot by digest, as a referrer of its source image;
+    with a hash tree if there is something to seal it.
 
     The manifest goes last: before it, nothing of the snapshot can be found. Raises Unavailable
     when a pack that was found before is gone: somebody collects garbage. A rerun stores it anew.
@@ -80,6 +70,9 @@ def build_snapshot(
             chunk_map.extents, image.chain_ids, metadata.bases, strict=True
         )
     )
+    sealed = seal(metadata.metadata, metadata.uuid, extents) if seal is not None else None
+    if sealed is not None:
+        chunk_map = merge_chunk_maps([chunk_map, sealed.chunk_map])
     config = SnapshotConfig(
         os=image.platform.os,
         architecture=image.platform.architecture,
@@ -93,6 +86,7 @@ def build_snapshot(
         inode_count=metadata.inode_count,
         uuid=metadata.uuid.hex(),
         extents=extents,
+        verity=sealed.config if sealed is not None else None,
     )
 
     def put_part(data: bytes, media_type: str, level: int | None = None) -> Descriptor:
@@ -113,7 +107,7 @@ def build_snapshot(
         layers=blobs,
         subject=replace(image.manifest.descriptor, platform=None, annotations={}),
         artifact_type=media_types.ARTIFACT_SNAPSHOT,
-        annotations={RULES: config.rules},
+        annotations={RULES: config.rules, **root_hash_annotation(config)},
     )
     manifest = raw_manifest(document)
     gone = missing_pack(target, chunk_map)
@@ -124,3 +118,8 @@ def build_snapshot(
         )
     target.put_manifest(manifest, subject=image.manifest.descriptor.digest)
     return Snapshot(manifest, config, blobs[0].size, blobs[1].size)
+
+
+def root_hash_annotation(config: SnapshotConfig) -> dict[str, str]:
+    """What the manifest says of a hash tree, for people and other tools."""
+    return {ROOT_HASH: config.root_hash} if config.root_hash is not None else {}

@@ -11,6 +11,8 @@ from typing import Any
 from imgsnap.digest import Digest, parse_digest
 from imgsnap.errors import FormatError, InvalidArgument, UnsupportedFormat
 from imgsnap.formats.features import check_version
+from imgsnap.formats.verity import ALGORITHM, HASH_BYTES, VerityLayout
+from imgsnap.units import BLOCK_SIZE
 
 RECORD = "snapshot config"
 VERSION = 1
@@ -20,6 +22,17 @@ BLOCKS_MAX = (1 << 32) - 1
 """EROFS block addresses are 32 bits here: 16 TiB."""
 METADATA_BLOCKS_MAX = 1 << 18
 """1 GiB of metadata, about ten million inodes."""
+VERITY = "verity"
+"""The incompatible feature of a snapshot with a hash tree: it has one more extent than layers."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceExtent:
+    """A run of chunks on the device, in blocks."""
+
+    extent_id: str  # hex BLAKE3-256, `Extent.id`
+    base_block: int
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +47,19 @@ class ExtentConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class VerityConfig:
+    """A snapshot's hash tree (formats/verity.py): over all blocks before it."""
+
+    root_hash: str  # hex, 64 digits
+    extent: DeviceExtent
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotConfig:
     """Identity and geometry of a snapshot.
 
-    The device is `[metadata][extent 0][extent 1]...`, `total_blocks` blocks of 4096 bytes.
+    The device is `[metadata][extent 0][extent 1]...`, `total_blocks` blocks of 4096 bytes, and the
+    verity area if there is one.
     """
 
     os: str
@@ -51,12 +73,29 @@ class SnapshotConfig:
     total_blocks: int
     inode_count: int
     uuid: str  # hex, 32 digits
-    extents: tuple[ExtentConfig, ...]
+    extents: tuple[ExtentConfig, ...]  # of the layers
+    verity: VerityConfig | None = None
+
+    @property
+    def device_extents(self) -> tuple[ExtentConfig | DeviceExtent, ...]:
+        """All extents of the device, as the chunk map has them: the layers' and the tree's."""
+        return (*self.extents, self.verity.extent) if self.verity else self.extents
+
+    @property
+    def root_hash(self) -> str | None:
+        """Of the hash tree, in hex; None without one."""
+        return self.verity.root_hash if self.verity else None
+
+    @property
+    def device_blocks(self) -> int:
+        """Of the whole device, the verity area included."""
+        return self.total_blocks + (self.verity.extent.blocks if self.verity else 0)
 
     def to_json(self) -> bytes:
         """Canonical bytes: sorted keys, no spaces."""
-        value = {
-            "format": {"version": VERSION, "compat": [], "roCompat": [], "incompat": []},
+        incompat = [VERITY] if self.verity else []
+        value: dict[str, Any] = {
+            "format": {"version": VERSION, "compat": [], "roCompat": [], "incompat": incompat},
             "platform": {
                 "os": self.os,
                 "architecture": self.architecture,
@@ -82,6 +121,15 @@ class SnapshotConfig:
                 for extent in self.extents
             ],
         }
+        if self.verity:
+            value["verity"] = {
+                "algorithm": ALGORITHM,
+                "rootHash": self.verity.root_hash,
+                "dataBlocks": self.total_blocks,
+                "hashOffset": self.total_blocks * BLOCK_SIZE,
+                "extentID": self.verity.extent.extent_id,
+                "blocks": self.verity.extent.blocks,
+            }
         return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -94,8 +142,9 @@ def parse_config(raw: bytes) -> SnapshotConfig:
     except (ValueError, RecursionError) as error:
         raise FormatError(RECORD, "JSON", 0, str(error)) from error
     fields = _Fields(value, "")
-    _check_format(fields.child("format"))
+    sealed = _check_format(fields.child("format"))
     platform, source, erofs = (fields.child(name) for name in ("platform", "source", "erofs"))
+    total_blocks = erofs.integer("totalBlocks", BLOCKS_MAX)
     config = SnapshotConfig(
         os=platform.text("os"),
         architecture=platform.text("architecture"),
@@ -105,23 +154,28 @@ def parse_config(raw: bytes) -> SnapshotConfig:
         source_config=source.digest("config"),
         metadata_digest=erofs.digest("metadataDigest"),
         metadata_blocks=erofs.integer("metadataBlocks", METADATA_BLOCKS_MAX),
-        total_blocks=erofs.integer("totalBlocks", BLOCKS_MAX),
+        total_blocks=total_blocks,
         inode_count=erofs.integer("inodes", BLOCKS_MAX),
         uuid=erofs.hexadecimal("uuid", 32),
         extents=tuple(_extent(child) for child in fields.children("extents", EXTENTS_MAX)),
+        verity=_verity(fields.child("verity"), total_blocks) if sealed else None,
     )
     _check_geometry(config)
+    if not sealed and "verity" in value:
+        raise FormatError(RECORD, "verity", 0, "is there without its feature")
     return config
 
 
-def _check_format(fields: "_Fields") -> None:
+def _check_format(fields: "_Fields") -> bool:
+    """Whether the snapshot has a hash tree."""
     check_version(RECORD, fields.integer("version", 1 << 16), VERSION)
     incompat = fields.value.get("incompat", [])
-    if incompat:
+    if incompat not in ([], [VERITY]):
         raise UnsupportedFormat(
             f"{RECORD}: unknown incompatible features {str(incompat)[:200]}",
             hint="it was written by a newer imgsnap; upgrade this one",
         )
+    return bool(incompat)
 
 
 def _extent(fields: "_Fields") -> ExtentConfig:
@@ -132,6 +186,27 @@ def _extent(fields: "_Fields") -> ExtentConfig:
         base_block=fields.integer("baseBlock", BLOCKS_MAX),
         blocks=fields.integer("blocks", BLOCKS_MAX),
     )
+
+
+def _verity(fields: "_Fields", total_blocks: int) -> VerityConfig:
+    """The tree covers the whole device before it and has the size that this asks for."""
+    algorithm = fields.text("algorithm")
+    if algorithm != ALGORITHM:
+        raise FormatError(RECORD, "verity.algorithm", 0, f"{algorithm!r} is not {ALGORITHM!r}")
+    blocks = VerityLayout(total_blocks).blocks
+    for name, value in (
+        ("dataBlocks", total_blocks),
+        ("hashOffset", total_blocks * BLOCK_SIZE),
+        ("blocks", blocks),
+    ):
+        stated = fields.integer(name, BLOCKS_MAX * BLOCK_SIZE)
+        if stated != value:
+            raise FormatError(RECORD, f"verity.{name}", 0, f"{stated}, not {value}")
+    if total_blocks + blocks > BLOCKS_MAX:
+        raise FormatError(RECORD, "verity.blocks", 0, f"the device has over {BLOCKS_MAX} blocks")
+    extent_id = fields.hexadecimal("extentID", 64)
+    root_hash = fields.hexadecimal("rootHash", HASH_BYTES * 2)
+    return VerityConfig(root_hash, DeviceExtent(extent_id, total_blocks, blocks))
 
 
 def _check_geometry(config: SnapshotConfig) -> None:

@@ -32,6 +32,8 @@ from imgsnap.units import BLOCK_SIZE
 
 METADATA = "metadata"
 """Stands for the path of blocks that belong to the EROFS metadata."""
+HASH_TREE = "(hash tree)"
+"""Stands for the path of blocks that belong to the dm-verity area."""
 ADVISE_WAIT_S = 0.1
 """A boot pack is advised when readers were held up for this long by what no pack brought."""
 _DIGEST = re.compile(r"(?:sha256:)?([0-9a-f]{6,64})")
@@ -247,6 +249,8 @@ def _stalls(
         paths = tuple("/" + _text(path) for path in here.paths) if here is not None else ()
         if cached is not None and run[0] < cached.config.metadata_blocks:
             paths = (METADATA, *paths)
+        if cached is not None and run[1] > cached.config.total_blocks:
+            paths = (*paths, HASH_TREE)
         views.append(
             StallView(
                 at=stall["at"],

@@ -1,7 +1,9 @@
 """What a conversion leaves under a tag, told from the manifest alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageManifest, parse_document
@@ -11,6 +13,8 @@ SOURCE = "io.imgsnap.source"
 """On manifests and index entries: digest of the image manifest that the snapshot was made from."""
 RULES = "io.imgsnap.rules"
 """On manifests and index entries: `Rules.text` of the conversion."""
+ROOT_HASH = "io.imgsnap.verity.roothash"
+"""On manifests and index entries of snapshots with a hash tree: its root hash, in hex."""
 NO_PLATFORM = Platform("unknown", "unknown")
 """Of index entries that are no images to run, as BuildKit marks its attestations."""
 
@@ -25,10 +29,18 @@ class Form(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """A form, and what was converted: (source manifest digest, rules) of each image."""
+    """A form, and what was converted."""
 
     form: Form
-    sources: tuple[tuple[str, str], ...]
+    images: tuple["Converted", ...]
+
+
+class Converted(NamedTuple):
+    """One image: the digest of its manifest, the rules, and whether there is a hash tree."""
+
+    source: str
+    rules: str
+    verity: bool
 
 
 def content_of(raw: RawManifest) -> Content | None:
@@ -41,8 +53,12 @@ def content_of(raw: RawManifest) -> Content | None:
         return None
     if isinstance(document, ImageManifest):
         subject = str(document.subject.digest) if document.subject else ""
-        return Content(Form.SNAPSHOT, ((subject, document.annotations.get(RULES, "")),))
+        return Content(Form.SNAPSHOT, (_converted(subject, document.annotations),))
     named = [entry for entry in document.manifests if entry.platform != NO_PLATFORM]
     form = Form.INDEX if len(named) == len(document.manifests) else Form.IMAGE
-    sources = [(e.annotations.get(SOURCE, ""), e.annotations.get(RULES, "")) for e in named]
-    return Content(form, tuple(sources))
+    images = [_converted(e.annotations.get(SOURCE, ""), e.annotations) for e in named]
+    return Content(form, tuple(images))
+
+
+def _converted(source: str, annotations: Mapping[str, str]) -> Converted:
+    return Converted(source, annotations.get(RULES, ""), ROOT_HASH in annotations)
