@@ -30,7 +30,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 if TYPE_CHECKING:
     from imgsnap.blockstore.read_options import ReadOptions
-    from imgsnap.mount.container import Command
+    from imgsnap.formats.snapshot_config import SnapshotConfig
+    from imgsnap.mount.container import Command, ReadFile
     from imgsnap.vm.run import TimeLine, Wanted
 
 
@@ -64,8 +65,21 @@ _MACHINE = (
         help="End it after this time, the boot included",
     ),
     click.option("--emulate", is_flag=True, help="Do not use KVM"),
+    click.option(
+        "--root-hash", metavar="HEX", help="Take only a snapshot with this dm-verity root hash"
+    ),
 )
-_MACHINE_NAMES = ("memory", "cpus", "kernel", "modules", "net", "scratch", "timeout", "emulate")
+_MACHINE_NAMES = (
+    "memory",
+    "cpus",
+    "kernel",
+    "modules",
+    "net",
+    "scratch",
+    "timeout",
+    "emulate",
+    "root_hash",
+)
 
 
 def machine_flags(function: F) -> F:
@@ -122,6 +136,9 @@ def run(
     The snapshot is attached as the guest's read-only disk and fetched as it is read; changes are
     dropped at the end. Environment, working directory and user are the image's. The exit code is
     the command's. A terminal is the command's terminal; without one it has no input.
+
+    If the snapshot has a dm-verity hash tree (imgsnap convert --verity), the guest verifies every
+    block it reads; what is not right is an I/O error.
     """
     wanted = _wanted(**{name: flags.pop(name) for name in _MACHINE_NAMES})
     if trace is not None:
@@ -143,9 +160,11 @@ def _wanted(
     scratch: str | None,
     timeout: float | None,
     emulate: bool,
+    root_hash: str | None,
 ) -> "Wanted":
     """The machine's options as the library has them. Raises InvalidArgument."""
     from imgsnap.vm.run import Wanted
+    from imgsnap.vm.verity import check_root_hash
 
     return Wanted(
         memory_mib=_size("--memory", memory) // MIB,
@@ -156,6 +175,7 @@ def _wanted(
         scratch=None if scratch is None else _size("--scratch", scratch),
         limit_s=timeout,
         emulate=emulate,
+        root_hash=None if root_hash is None else check_root_hash(root_hash),
     )
 
 
@@ -177,6 +197,8 @@ class _Run:
         report: Path | None,
     ) -> int:
         from imgsnap.vm import run
+        from imgsnap.vm.image_files import files_on
+        from imgsnap.vm.verity import verified_root
 
         state = self._settings.run / "vm"
         tools = run.prepare(wanted, state, _say)
@@ -185,8 +207,12 @@ class _Run:
             attached = self._attach(stack, read, alone=trace is not None)
             line.mark("attached")
             disk, digest = Path(attached["path"]), attached["manifest_digest"]
-            command = self._command(stack, disk, digest, cmd)
-            status = run.run(tools, wanted, disk, command, state, _say, line, _print)
+            config, image_config = self._places.image_config(stack, self._ref, digest)
+            root = verified_root(config, wanted.root_hash)
+            if root is not None:
+                tools = run.with_verity(tools, wanted)
+            command = _command(config, image_config, files_on(disk, root), cmd)
+            status = run.run(tools, wanted, disk, root, command, state, _say, line, _print)
             if trace is not None:
                 from imgsnap.node.client import trace_of_attachment
 
@@ -212,23 +238,6 @@ class _Run:
                 )
         return attached
 
-    def _command(
-        self, stack: ExitStack, disk: Path, digest: str, cmd: tuple[str, ...]
-    ) -> "Command":
-        from imgsnap.mount.container import resolve_command
-        from imgsnap.oci.image_config import parse_run_config
-        from imgsnap.vm.image_files import files_on
-        from imgsnap.vm.run import ARCHITECTURE
-
-        config, image_config = self._places.image_config(stack, self._ref, digest)
-        if config.architecture not in (ARCHITECTURE, "386"):
-            raise Unsupported(
-                f"the image is for {config.architecture}; guests here are {ARCHITECTURE}",
-                hint="convert the image for linux/amd64",
-            )
-        parsed = parse_run_config(image_config)
-        return resolve_command(files_on(disk), parsed, cmd, terminal=on_terminal())
-
     def _write_report(self, path: Path, attachment_id: str, status: int, line: "TimeLine") -> None:
         from imgsnap.node.client import statistics_of_attachment
 
@@ -239,6 +248,22 @@ class _Run:
             "reads": statistics_of_attachment(attachment_id, self._settings.run),
         }
         path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _command(
+    config: "SnapshotConfig", image_config: bytes, read: "ReadFile", cmd: tuple[str, ...]
+) -> "Command":
+    from imgsnap.mount.container import resolve_command
+    from imgsnap.oci.image_config import parse_run_config
+    from imgsnap.vm.run import ARCHITECTURE
+
+    if config.architecture not in (ARCHITECTURE, "386"):
+        raise Unsupported(
+            f"the image is for {config.architecture}; guests here are {ARCHITECTURE}",
+            hint="convert the image for linux/amd64",
+        )
+    parsed = parse_run_config(image_config)
+    return resolve_command(read, parsed, cmd, terminal=on_terminal())
 
 
 def _size(option: str, text: str) -> int:

@@ -32,7 +32,7 @@ from imgsnap.units import BLOCK_SIZE
 
 METADATA = "metadata"
 """Stands for the path of blocks that belong to the EROFS metadata."""
-HASH_TREE = "(hash tree)"
+HASH_TREE = "hash tree"
 """Stands for the path of blocks that belong to the dm-verity area."""
 ADVISE_WAIT_S = 0.1
 """A boot pack is advised when readers were held up for this long by what no pack brought."""
@@ -67,7 +67,7 @@ class StallView:
     wait: float
     offset: int
     length: int
-    paths: tuple[str, ...]  # with a slash in front; METADATA; empty when not known
+    paths: tuple[str, ...]  # with a slash in front; METADATA, HASH_TREE; empty when not known
     more_paths: bool
     layers: tuple[str, ...]
     chunks: tuple[ChunkView, ...]

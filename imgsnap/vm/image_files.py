@@ -4,10 +4,12 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from imgsnap.blockstore.verity_tree import VerifiedDevice
 from imgsnap.errors import IntegrityError, NotFound
-from imgsnap.formats.erofs_read import ErofsReader
+from imgsnap.formats.erofs_read import BlockSource, ErofsReader
 from imgsnap.formats.layer_index import Kind
 from imgsnap.mount.container import ACCOUNT_FILE_MAX, ReadFile
+from imgsnap.vm.verity import VerifiedRoot
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +24,20 @@ class _Disk:
         return data
 
 
-def files_on(disk: Path) -> ReadFile:
-    """Reads the files of the EROFS on a disk; opens the disk for each."""
+def _device(fd: int, root: VerifiedRoot | None) -> BlockSource:
+    if root is None:
+        return _Disk(fd, os.fstat(fd).st_size)
+    return VerifiedDevice(fd, root.layout.data_blocks, root.root_hash)
+
+
+def files_on(disk: Path, root: VerifiedRoot | None) -> ReadFile:
+    """Reads the files of the EROFS on a disk; opens the disk for each. With a `root` every block is
+    verified: what they say decides who the guest's command is."""
 
     def read(path: str) -> bytes:
         fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            reader = ErofsReader(_Disk(fd, os.fstat(fd).st_size))
+            reader = ErofsReader(_device(fd, root))
             inode = reader.resolve(path.encode())
             if inode.kind != Kind.FILE:
                 return b""

@@ -21,6 +21,10 @@ BASE: Mapping[str, str] = {
 """What every guest needs: modules, and the options that make them."""
 NETWORK: Mapping[str, str] = {"virtio_net": "CONFIG_VIRTIO_NET"}
 SCRATCH: Mapping[str, str] = {"ext4": "CONFIG_EXT4_FS"}
+VERITY: Mapping[str, str] = {
+    "dm_verity": "CONFIG_DM_VERITY",
+    "sha256_generic": "CONFIG_CRYPTO_SHA256",
+}
 BOOT = Path("/boot")
 MODULES = (Path("/lib/modules"), Path("/usr/lib/modules"))
 _HINT = "install one with apt-get install linux-image-cloud-amd64, or name a file with --kernel"

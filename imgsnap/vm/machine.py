@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from imgsnap.errors import InvalidArgument, OutOfTime, Unavailable
+from imgsnap.errors import IntegrityError, InvalidArgument, OutOfTime, Unavailable
 from imgsnap.vm.qemu import Boot, Hardware, command_line
 
 START_LIMIT_S = 90.0
@@ -121,7 +121,7 @@ class Machine:
 
     def wait_ready(self, limit_s: float = READY_LIMIT_S) -> None:
         """Returns when the guest's root is mounted, after `wait_started`. Raises GuestStopped, also
-        for the time."""
+        for the time, and IntegrityError when the guest refuses its disk."""
         self._expect("ready", limit_s)
 
     def _expect(self, wanted: str, limit_s: float) -> None:
@@ -191,6 +191,11 @@ class Machine:
         word, _, more = line.decode(errors="replace").strip().partition(" ")
         if word == "failed":
             raise GuestStopped(f"the guest did not come up: {more}")
+        if word == "refused":
+            raise IntegrityError(
+                f"the guest did not come up: {more}",
+                hint="imgsnap check REF says whether the snapshot or this machine is at fault",
+            )
         return word, more
 
     def _pump(self, deadline: float, output: Output, keyboard: int | None) -> None:

@@ -23,6 +23,8 @@ MODULE_MAX = 64 << 20
 _RECORD = "kernel module"
 _DEPENDS = b"\0depends="
 _DEPENDS_MAX = 4096
+_RENAMED = {"sha256_generic": "sha256"}
+"""Modules that newer kernels call otherwise (this one since Linux 6.16)."""
 _DEPTH_MAX = 64
 """Modules that need modules; the deepest of Debian's kernels has eight."""
 
@@ -67,7 +69,14 @@ class ModuleTree:
 
     def has(self, name: str) -> bool:
         """Whether the kernel has this module, built in or not."""
-        return _canonical(name) in self.builtin or _canonical(name) in self._paths
+        name = self._name(name)
+        return name in self.builtin or name in self._paths
+
+    def _name(self, name: str) -> str:
+        """What this kernel calls a module."""
+        name = _canonical(name)
+        renamed = _RENAMED.get(name, name)
+        return renamed if renamed in self.builtin or renamed in self._paths else name
 
     def load_order(self, names: Iterable[str]) -> list[Module]:
         """The modules that these names need, each after those it depends on; none that is built in.
@@ -77,7 +86,7 @@ class ModuleTree:
         """
         ordered: dict[str, Module] = {}
         for name in names:
-            self._add(_canonical(name), ordered, ())
+            self._add(self._name(name), ordered, ())
         return list(ordered.values())
 
     def _add(self, name: str, ordered: dict[str, Module], path: tuple[str, ...]) -> None:

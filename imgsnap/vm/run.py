@@ -21,11 +21,12 @@ from imgsnap.errors import ImgsnapError, InvalidArgument, ResourceExhausted, Uns
 from imgsnap.mount.container import Command
 from imgsnap.units import MIB
 from imgsnap.vm import initramfs, kvm
-from imgsnap.vm.kernel import BASE, NETWORK, SCRATCH, GuestKernel, find_kernel
+from imgsnap.vm.kernel import BASE, NETWORK, SCRATCH, VERITY, GuestKernel, find_kernel
 from imgsnap.vm.launcher import launcher
 from imgsnap.vm.machine import GuestStopped, Machine, Output, write_initramfs
 from imgsnap.vm.network import TAP, Network, guest_network
 from imgsnap.vm.qemu import Accelerator, Boot, Drive, Hardware
+from imgsnap.vm.verity import PROGRAM, VerifiedRoot, verity_program
 
 ARCHITECTURE = "amd64"
 """Of guests: QEMU's microvm is an x86 machine."""
@@ -51,6 +52,7 @@ class Wanted:
     scratch: int | None = None  # bytes of a disk for changes; None: they are kept in memory
     limit_s: float | None = None  # for boot and command
     emulate: bool = False  # even where KVM works
+    root_hash: str | None = None  # hex; the guest takes no snapshot but one with this
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,21 @@ def prepare(wanted: Wanted, state: Path, say: Say) -> Tools:
     qemu, busybox = _program(_QEMU, "qemu-system-x86"), _program("busybox", "busybox-static")
     if wanted.scratch is not None:
         _program("mkfs.ext4", "e2fsprogs")
+    kernel = _kernel(wanted, verity=wanted.root_hash is not None)
+    return Tools(qemu, Path(busybox), kernel, _accelerator(wanted, state, say))
+
+
+def with_verity(tools: Tools, wanted: Wanted) -> Tools:
+    """The same with a kernel that can verify its disk; raises as `prepare`."""
+    return replace(tools, kernel=_kernel(wanted, verity=True))
+
+
+def _kernel(wanted: Wanted, *, verity: bool) -> GuestKernel:
     needed = dict(BASE)
     needed |= NETWORK if wanted.network else {}
     needed |= SCRATCH if wanted.scratch is not None else {}
-    kernel = find_kernel(wanted.kernel, wanted.modules, needed)
-    return Tools(qemu, Path(busybox), kernel, _accelerator(wanted, state, say))
+    needed |= VERITY if verity else {}
+    return find_kernel(wanted.kernel, wanted.modules, needed)
 
 
 def _check_size(wanted: Wanted) -> None:
@@ -146,24 +158,26 @@ def run(
     tools: Tools,
     wanted: Wanted,
     disk: Path,
+    root: VerifiedRoot | None,
     command: Command,
     state: Path,
     say: Say,
     line: TimeLine,
     output: Output,
 ) -> int:
-    """Boots a guest from `disk` and runs the command in it; its exit status. `line` is told when
-    what happened.
+    """Boots a guest from `disk` and runs the command in it; its exit status. With a `root` the
+    guest verifies each block by its hash. `line` is told when what happened.
 
     What the command prints goes to `output`; a command with a terminal has standard input's.
-    Raises GuestStopped, OutOfTime, OSError, and what building the network raises.
+    Raises GuestStopped, IntegrityError for a disk that the guest refuses, OutOfTime, OSError, and
+    what building the network raises.
     """
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(prefix="imgsnap-vm-")))
         network = stack.enter_context(guest_network()) if wanted.network else None
         scratch = _scratch_disk(work, wanted.scratch) if wanted.scratch is not None else None
         hardware = _hardware(tools, wanted, disk, scratch, network)
-        boot = _boot(tools, work, command, scratch, network)
+        boot = _boot(tools, work, root, command, scratch, network)
         prefix = network.command_prefix if network else []
         if network:
             say(f"the guest is {network.guest}, this machine {network.host}")
@@ -196,10 +210,17 @@ def _hardware(
 
 
 def _boot(
-    tools: Tools, work: Path, command: Command, scratch: Path | None, network: Network | None
+    tools: Tools,
+    work: Path,
+    root: VerifiedRoot | None,
+    command: Command,
+    scratch: Path | None,
+    network: Network | None,
 ) -> Boot:
-    program = initramfs.file(_LAUNCH, launcher(command), executable=True)
-    data = initramfs.guest(tools.busybox, tools.kernel.modules, [program])
+    programs = [initramfs.file(_LAUNCH, launcher(command), executable=True)]
+    if root is not None:
+        programs.append(initramfs.file(PROGRAM, verity_program(root), executable=True))
+    data = initramfs.guest(tools.busybox, tools.kernel.modules, programs)
     path = write_initramfs(work, data)
     parameters = network.parameters if network else []
     if scratch is not None:

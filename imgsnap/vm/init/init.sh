@@ -1,12 +1,14 @@
 #!/bin/sh
-# Process 1 of a guest. Mounts the snapshot (/dev/vda, EROFS) below a writable overlay and then does
-# what the host asks for over the control line, the second serial port, one line each way:
+# Process 1 of a guest. Mounts the snapshot (/dev/vda, EROFS; through dm-verity if there is a program
+# that sets this up) below a writable overlay and then does what the host asks for over the control
+# line, the second serial port, one line each way:
 #
 #   guest: started                    the kernel is up
 #   guest: ready                      the root is mounted; it is at "." and at /
 #   host:  run TOKEN BASE64           a shell script, run with the console as its terminal
 #   guest: exit TOKEN STATUS          how it ended
 #   guest: failed REASON              instead of any of these; the guest then stops
+#   guest: refused REASON             the same, because the disk is not what its root hash says
 #
 # On the console NUL "end TOKEN" NUL follows what the script has printed.
 #
@@ -23,10 +25,21 @@ stty -F "$control" raw -echo
 exec 3<>"$control"
 echo started >&3
 
-failed() {
-    echo "failed $1" >&3
+stop() { # WORD REASON
+    echo "$1 $2" >&3
     stty -F "$control" raw -echo # returns when all has been sent
     reboot -f
+}
+
+failed() {
+    stop failed "$1"
+}
+
+unreadable() { # REASON, unless the kernel found something worse
+    case $(dmesg) in
+        *verity*" is corrupted"*) stop refused "the snapshot is not what its root hash says" ;;
+    esac
+    failed "$1"
 }
 
 # Words of the kernel's command line that begin with imgsnap. are for us.
@@ -60,9 +73,15 @@ if [ -n "$address" ]; then
         ip route add default via "$gateway" 2>&1) || failed "the network: $said"
 fi
 
-wait_for /dev/vda
+disk=/dev/vda
+wait_for $disk
+if [ -e /verity ]; then
+    said=$(/verity 2>&1) || failed "dm-verity: $said"
+    disk=/dev/dm-0
+    wait_for $disk
+fi
 mkdir -p /mnt/image /mnt/upper
-said=$(mount -t erofs -o ro /dev/vda /mnt/image 2>&1) || failed "mounting the snapshot: $said"
+said=$(mount -t erofs -o ro $disk /mnt/image 2>&1) || unreadable "mounting the snapshot: $said"
 if [ -n "$scratch" ]; then
     wait_for "$scratch"
     said=$(mount -t ext4 "$scratch" /mnt/upper 2>&1) || failed "mounting the scratch disk: $said"
@@ -77,7 +96,7 @@ said=$(mount -t overlay \
     -o lowerdir=/mnt/image,upperdir=/mnt/upper/upper,workdir=/mnt/upper/work root /new 2>&1) ||
     failed "mounting the overlay: $said"
 
-cd /new || failed "there is no root"
+cd /new || unreadable "there is no root"
 mkdir -p dev proc sys
 mount -t proc proc proc
 mount -t sysfs sysfs sys
