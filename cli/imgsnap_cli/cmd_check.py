@@ -35,8 +35,8 @@ def command(
     format_: str,
     **flags: Any,
 ) -> int:
-    """Verify every digest of the snapshot REF, and that its file system can be walked. Its dm-verity
-    hash tree, if it has one, is computed anew.
+    """Verify every digest of the snapshot REF, and that its file system can be walked. A dm-verity
+    hash tree is computed anew.
 
     With --source also compare each entry's type, mode, owner, mtime, xattrs, device number, link
     group and content with the image's layers, unpacked independently of the converter. Exit code

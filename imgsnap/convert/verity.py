@@ -20,11 +20,11 @@ from imgsnap.convert.chunker import pieces
 from imgsnap.convert.packer import PackedLayer, Packer
 from imgsnap.convert.progress import Progress
 from imgsnap.digest import Digest, digest_from_raw
-from imgsnap.errors import ResourceExhausted
+from imgsnap.errors import ResourceExhausted, Unsupported
 from imgsnap.formats.chunk_map import ChunkMap
 from imgsnap.formats.rules import Rules
-from imgsnap.formats.snapshot_config import DeviceExtent, ExtentConfig, VerityConfig
-from imgsnap.formats.verity import HASH_BYTES, block_hash, block_hashes
+from imgsnap.formats.snapshot_config import BLOCKS_MAX, DeviceExtent, ExtentConfig, VerityConfig
+from imgsnap.formats.verity import HASH_BYTES, VerityLayout, block_hash, block_hashes
 from imgsnap.oci.repository import Repository, WritableRepository
 from imgsnap.units import BLOCK_SIZE
 
@@ -137,6 +137,11 @@ class Sealer:
         Raises ResourceExhausted when the work directory is full, and what the target raises.
         """
         blocks = len(metadata) // BLOCK_SIZE + sum(extent.blocks for extent in extents)
+        whole = blocks + VerityLayout(blocks).blocks
+        if whole > BLOCKS_MAX:
+            raise Unsupported(
+                f"with its hash tree the image needs {whole} blocks, over {BLOCKS_MAX}"
+            )
         path = self.work_dir / "verity-area"
         try:
             with TreeFile(path, blocks) as tree:

@@ -1,8 +1,8 @@
 """Small programs for a guest: static ELF for x86-64, straight system calls.
 
-Every argument is a constant, so that there is nothing to compute and nothing to get wrong at run
-time. The calling convention is that of the kernel (x86-64 psABI, A.2.1); instructions are named beside
-their bytes. A program writes why it fails to standard error, one line.
+Every argument is a constant: at run time there is nothing to compute. The calling convention is
+that of the kernel (x86-64 psABI, A.2.1); instructions are named beside their bytes. A program says
+why it fails on standard error, in one line.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@ it has none, in the ``config-VERSION`` beside it.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,8 @@ VERITY: Mapping[str, str] = {
     "dm_verity": "CONFIG_DM_VERITY",
     "sha256_generic": "CONFIG_CRYPTO_SHA256",
 }
+FASTER_VERITY = ("sha256_ssse3",)
+"""Modules that are taken where there are any; init goes on without them."""
 BOOT = Path("/boot")
 MODULES = (Path("/lib/modules"), Path("/usr/lib/modules"))
 _HINT = "install one with apt-get install linux-image-cloud-amd64, or name a file with --kernel"
@@ -44,18 +46,21 @@ class GuestKernel:
     modules: tuple[Module, ...]
 
 
-def find_kernel(image: Path | None, modules: Path | None, needed: Mapping[str, str]) -> GuestKernel:
-    """The kernel that was named, or the newest installed one that has what is needed.
+def find_kernel(
+    image: Path | None, modules: Path | None, needed: Mapping[str, str], also: Sequence[str] = ()
+) -> GuestKernel:
+    """The kernel that was named, or the newest installed one that has what is needed; with those
+    modules of `also` that it has.
 
     Raises NotFound without any, InvalidArgument for a file that is none, Unsupported for one that
     lacks something: what, is said.
     """
     if image is not None:
-        return judge(image, modules, needed)
+        return judge(image, modules, needed, also)
     refusal: Unsupported | InvalidArgument | None = None
     for found in installed():
         try:
-            return judge(found, modules, needed)
+            return judge(found, modules, needed, also)
         except (Unsupported, InvalidArgument) as error:
             refusal = refusal or error
     if refusal is not None:
@@ -72,7 +77,9 @@ def _by_version(path: Path) -> list[tuple[int, str]]:
     return [(int(digits or -1), text) for digits, text in re.findall(r"(\d+)|(\D+)", path.name)]
 
 
-def judge(image: Path, modules: Path | None, needed: Mapping[str, str]) -> GuestKernel:
+def judge(
+    image: Path, modules: Path | None, needed: Mapping[str, str], also: Sequence[str] = ()
+) -> GuestKernel:
     """A kernel image with what is needed of its modules; raises as `find_kernel`."""
     version = kernel_version(image)
     if modules is not None and not modules.is_dir():
@@ -83,7 +90,8 @@ def judge(image: Path, modules: Path | None, needed: Mapping[str, str]) -> Guest
         return GuestKernel(image, version, ())
     tree = ModuleTree(directory)
     _require(version, needed, (name for name in needed if not tree.has(name)))
-    return GuestKernel(image, version, tuple(tree.load_order(needed)))
+    names = [*needed, *(name for name in also if tree.has(name))]
+    return GuestKernel(image, version, tuple(tree.load_order(names)))
 
 
 def kernel_version(image: Path) -> str:

@@ -21,7 +21,15 @@ from imgsnap.errors import ImgsnapError, InvalidArgument, ResourceExhausted, Uns
 from imgsnap.mount.container import Command
 from imgsnap.units import MIB
 from imgsnap.vm import initramfs, kvm
-from imgsnap.vm.kernel import BASE, NETWORK, SCRATCH, VERITY, GuestKernel, find_kernel
+from imgsnap.vm.kernel import (
+    BASE,
+    FASTER_VERITY,
+    NETWORK,
+    SCRATCH,
+    VERITY,
+    GuestKernel,
+    find_kernel,
+)
 from imgsnap.vm.launcher import launcher
 from imgsnap.vm.machine import GuestStopped, Machine, Output, write_initramfs
 from imgsnap.vm.network import TAP, Network, guest_network
@@ -106,7 +114,8 @@ def _kernel(wanted: Wanted, *, verity: bool) -> GuestKernel:
     needed |= NETWORK if wanted.network else {}
     needed |= SCRATCH if wanted.scratch is not None else {}
     needed |= VERITY if verity else {}
-    return find_kernel(wanted.kernel, wanted.modules, needed)
+    also = FASTER_VERITY if verity else ()
+    return find_kernel(wanted.kernel, wanted.modules, needed, also)
 
 
 def _check_size(wanted: Wanted) -> None:

@@ -1,8 +1,7 @@
 """A guest's verified root: what its init does in the place of `veritysetup open`.
 
-A program of its own, for one table: there is nothing in the guest that would take arguments from the
-disk or from the kernel's command line. ioctls and records: include/uapi/linux/dm-ioctl.h, version 4;
-what they do: Documentation/admin-guide/device-mapper/dm-init.rst has the same in one line.
+A program of its own, for one table: nothing in the guest takes the root hash from the disk or from
+elsewhere. ioctls and records: include/uapi/linux/dm-ioctl.h, version 4.
 """
 
 import struct

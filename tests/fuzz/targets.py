@@ -103,9 +103,15 @@ def snapshot() -> BuiltSnapshot:
     return build_snapshot(random_device(64), extents=2, packs=2, created="2026-01-02T03:04:05Z")
 
 
+@cache
+def sealed() -> BuiltSnapshot:
+    """With a hash tree."""
+    return build_snapshot(random_device(64), verity=True)
+
+
 def manifests() -> list[bytes]:
     index = index_manifest([(snapshot().manifest.descriptor, "amd64")])
-    return [snapshot().manifest.raw, index.raw]
+    return [snapshot().manifest.raw, sealed().manifest.raw, index.raw]
 
 
 @target("manifest", seeds=manifests, words=JSON_WORDS)
@@ -128,7 +134,11 @@ def _(data: bytes) -> None:
     parse_run_config(data)
 
 
-@target("snapshot-config", seeds=lambda: [snapshot().config.to_json()], words=JSON_WORDS)
+@target(
+    "snapshot-config",
+    seeds=lambda: [snapshot().config.to_json(), sealed().config.to_json()],
+    words=JSON_WORDS,
+)
 def _(data: bytes) -> None:
     parse_config(data)
 

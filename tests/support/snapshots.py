@@ -17,7 +17,12 @@ from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, Extent, PackRef
 from imgsnap.formats.chunk_map_codec import encode
 from imgsnap.formats.frame import compress
 from imgsnap.formats.rules import Rules
-from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
+from imgsnap.formats.snapshot_config import (
+    DeviceExtent,
+    ExtentConfig,
+    SnapshotConfig,
+    VerityConfig,
+)
 from imgsnap.oci.media_types import ARTIFACT_SNAPSHOT as SNAPSHOT_TYPE
 from imgsnap.oci.media_types import CHUNK_MAP as CHUNK_MAP_TYPE
 from imgsnap.oci.media_types import CONFIG as CONFIG_TYPE
@@ -26,6 +31,7 @@ from imgsnap.oci.media_types import OCI_CONFIG as IMAGE_CONFIG_TYPE
 from imgsnap.oci.media_types import PACK as PACK_TYPE
 from imgsnap.oci.repository import Descriptor, RawManifest
 from imgsnap.units import BLOCK_SIZE, KIB
+from tests.support.verity import naive_tree
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -88,9 +94,11 @@ def build_snapshot(
     architecture: str = "amd64",
     subject: Descriptor | None = None,
     embedded: bool = False,
+    verity: bool = False,
 ) -> BuiltSnapshot:
     """Cuts a device into metadata, extents and chunks of the given block counts in turn; the
-    manifest has the small parts in it when they are to be `embedded`."""
+    manifest has the small parts in it when they are to be `embedded`. With `verity` a hash tree
+    follows, in a pack of its own."""
     blobs: dict[Digest, bytes] = {}
     region = device[: metadata_blocks * BLOCK_SIZE]
     total = len(device) // BLOCK_SIZE
@@ -102,10 +110,18 @@ def build_snapshot(
     ]
     while buffers and not buffers[-1]:  # only zero chunks: an empty blob is no pack
         buffers.pop()
+    root_hash = None
+    if verity:
+        area, root_hash = naive_tree(device, bytes(16))
+        buffers.append(bytearray())
+        device += area
+        last = len(device) // BLOCK_SIZE
+        tree = _extent(device, total, last, chunk_blocks, len(buffers) - 1, buffers[-1])
+        pieces.append(replace(tree, diff_id=Digest(f"sha256:{root_hash}")))
     refs = tuple(PackRef(sha256_digest(bytes(b)), len(b)) for b in buffers)
     pack_layers = [_add(blobs, PACK_TYPE, bytes(buffer)) for buffer in buffers]
     chunk_map = ChunkMap(refs, tuple(pieces))
-    config = _config(region, total, metadata_blocks, chunk_map, architecture)
+    config = _config(region, total, metadata_blocks, chunk_map, architecture, root_hash)
     layers = [
         _add(blobs, METADATA_TYPE, compress(region, 3)),
         _add(blobs, CHUNK_MAP_TYPE, compress(encode(chunk_map), 3)),
@@ -115,7 +131,7 @@ def build_snapshot(
     first = _add(blobs, CONFIG_TYPE, config.to_json())
     if embedded:
         first, layers = _embed(first, blobs), [_embed(layer, blobs) for layer in layers]
-    raw = manifest_json(first, layers, created, subject)
+    raw = manifest_json(first, layers, created, subject, root_hash=root_hash)
     annotations = {"org.opencontainers.image.created": created} if created else {}
     descriptor = Descriptor(
         MANIFEST_TYPE, sha256_digest(raw), len(raw), annotations, artifact_type=SNAPSHOT_TYPE
@@ -131,6 +147,7 @@ def manifest_json(
     created: str = "",
     subject: Descriptor | None = None,
     artifact_type: str = SNAPSHOT_TYPE,
+    root_hash: str | None = None,
 ) -> bytes:
     value: dict[str, object] = {
         "schemaVersion": 2,
@@ -139,8 +156,11 @@ def manifest_json(
         "config": _json(config),
         "layers": [_json(layer) for layer in layers],
     }
-    if created:
-        value["annotations"] = {"org.opencontainers.image.created": created}
+    annotations = {"org.opencontainers.image.created": created} if created else {}
+    if root_hash is not None:
+        annotations["io.imgsnap.verity.roothash"] = root_hash
+    if annotations:
+        value["annotations"] = annotations
     if subject is not None:
         value["subject"] = _json(subject)
     return json.dumps(value).encode()
@@ -213,10 +233,19 @@ def _extent(
 
 
 def _config(
-    region: bytes, total: int, metadata_blocks: int, chunk_map: ChunkMap, architecture: str
+    region: bytes,
+    total: int,
+    metadata_blocks: int,
+    chunk_map: ChunkMap,
+    architecture: str,
+    root_hash: str | None,
 ) -> SnapshotConfig:
     extents, block = [], metadata_blocks
-    for extent in chunk_map.extents:
+    layers, tree = chunk_map.extents, None
+    if root_hash is not None:
+        *layers, last = chunk_map.extents
+        tree = VerityConfig(root_hash, DeviceExtent(last.id, total, last.total_blocks))
+    for extent in layers:
         extents.append(
             ExtentConfig(extent.diff_id, extent.diff_id, extent.id, block, extent.total_blocks)
         )
@@ -234,6 +263,7 @@ def _config(
         inode_count=1,
         uuid="0" * 32,
         extents=tuple(extents),
+        verity=tree,
     )
 
 

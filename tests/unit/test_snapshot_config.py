@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,13 @@ from hypothesis import strategies as st
 from imgsnap.digest import Digest
 from imgsnap.errors import FormatError, ImgsnapError, UnsupportedFormat
 from imgsnap.formats.rules import Rules
-from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig, parse_config
+from imgsnap.formats.snapshot_config import (
+    DeviceExtent,
+    ExtentConfig,
+    SnapshotConfig,
+    VerityConfig,
+    parse_config,
+)
 
 D = Digest("sha256:" + "ab" * 32)
 CONFIG = SnapshotConfig(
@@ -42,8 +49,60 @@ def test_golden_bytes() -> None:
     assert parse_config(GOLDEN.encode()) == CONFIG
 
 
-def changed(path: str, value: object) -> bytes:
-    document = json.loads(GOLDEN)
+SEALED = replace(CONFIG, verity=VerityConfig("12" * 32, DeviceExtent("ef" * 32, 7, 2)))
+
+
+def test_golden_bytes_with_a_hash_tree() -> None:
+    plain, text = json.loads(GOLDEN), SEALED.to_json()
+    sealed = json.loads(text)
+    assert json.dumps(sealed, sort_keys=True, separators=(",", ":")).encode() == text
+    assert sealed.pop("verity") == {
+        "algorithm": "sha256",
+        "rootHash": "12" * 32,
+        "dataBlocks": 7,
+        "hashOffset": 7 * 4096,
+        "extentID": "ef" * 32,
+        "blocks": 2,
+    }
+    plain["format"]["incompat"] = ["verity"]
+    assert sealed == plain
+    assert parse_config(text) == SEALED
+    assert (SEALED.total_blocks, SEALED.device_blocks) == (7, 9)
+    assert SEALED.device_extents == (*CONFIG.extents, DeviceExtent("ef" * 32, 7, 2))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("verity", None),
+        ("verity.algorithm", "sha1"),
+        ("verity.dataBlocks", 6),
+        ("verity.hashOffset", 0),
+        ("verity.hashOffset", 7 << 12 | 1),
+        ("verity.blocks", 3),
+        ("verity.blocks", -1),
+        ("verity.extentID", ""),
+        ("verity.rootHash", "AB" * 32),
+        ("erofs.totalBlocks", (1 << 32) - 1),
+    ],
+)
+def test_hash_trees_that_do_not_add_up(path: str, value: object) -> None:
+    with pytest.raises(FormatError, match="verity"):
+        parse_config(changed(path, value, SEALED.to_json()))
+
+
+def test_a_hash_tree_and_its_feature_come_together() -> None:
+    verity = json.loads(SEALED.to_json())["verity"]
+    with pytest.raises(FormatError, match="verity"):
+        parse_config(changed("verity", verity))
+    with pytest.raises(FormatError, match="verity"):
+        parse_config(changed("format.incompat", ["verity"]))
+    with pytest.raises(UnsupportedFormat):
+        parse_config(changed("format.incompat", ["verity", "shiny"], SEALED.to_json()))
+
+
+def changed(path: str, value: object, raw: bytes = GOLDEN.encode()) -> bytes:
+    document = json.loads(raw)
     place = document
     *parents, last = path.split(".")
     for name in parents:
@@ -90,7 +149,7 @@ ANY_JSON = st.recursive(
 PATHS = ["format", "erofs", "extents", "platform", "source", "rules", "erofs.uuid"]
 
 
-@given(ANY_JSON, st.sampled_from(PATHS))
+@given(ANY_JSON, st.sampled_from([*PATHS, "verity", "verity.blocks", "format.incompat"]))
 def test_any_json_ends_in_a_named_error_or_a_config(value: object, path: str) -> None:
     with contextlib.suppress(ImgsnapError):
-        parse_config(changed(path, value))
+        parse_config(changed(path, value, SEALED.to_json()))

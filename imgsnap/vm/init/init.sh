@@ -54,7 +54,11 @@ done
 
 for module in /modules/*.ko; do
     [ -e "$module" ] || continue
-    said=$(insmod "$module" 2>&1) || failed "the kernel does not load ${module#/modules/}: $said"
+    said=$(insmod "$module" 2>&1) && continue
+    case $module in
+        *-sha256_ssse3.ko) ;; # only faster, and not for every processor
+        *) failed "the kernel does not load ${module#/modules/}: $said" ;;
+    esac
 done
 rm -rf /modules
 

@@ -215,3 +215,25 @@ def test_a_block_root_that_is_not_that_of_the_chunks(tmp_path) -> None:
         forged = dataclasses.replace(store.snapshot.chunk_map, extents=(extent,))
         with pytest.raises(DigestMismatch, match="block root"):
             materialise(dataclasses.replace(store.snapshot, chunk_map=forged), tmp_path / "other")
+
+
+def test_manifest_and_config_must_state_one_root_hash(tmp_path):
+    sealed = build_snapshot(random_device(300), verity=True)
+    plain = build_snapshot(random_device(300))
+    stated = json.loads(sealed.manifest.raw)["annotations"]
+    for built, annotations in (
+        (sealed, None),
+        (sealed, {"io.imgsnap.verity.roothash": "00" * 32}),
+        (sealed, {"io.imgsnap.verity.roothash": "0"}),
+        (plain, stated),
+    ):
+        value = json.loads(built.manifest.raw)
+        value["annotations"] = annotations or {}
+        raw = json.dumps(value).encode()
+        descriptor = dataclasses.replace(
+            built.manifest.descriptor, digest=sha256_digest(raw), size=len(raw)
+        )
+        other = dataclasses.replace(built, manifest=RawManifest(descriptor, raw))
+        with pytest.raises(IntegrityError, match=r"root hash|roothash"):
+            open_snapshot(MemoryRepository(other), "latest", NodeCache(tmp_path))
+    open_snapshot(MemoryRepository(sealed), "latest", NodeCache(tmp_path)).close()
