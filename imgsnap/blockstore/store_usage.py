@@ -16,6 +16,7 @@ _KINDS = {
     media_types.CHUNK_MAP: "chunk maps",
     media_types.PACK: "packs",
     media_types.LAYER_INDEX: "layer indexes",
+    media_types.BLOCK_HASHES: "block hashes",
 }
 _OTHER = "manifests, configs"
 

@@ -22,7 +22,6 @@ from imgsnap.formats.verity import (
 from imgsnap.units import BLOCK_SIZE, MIB
 
 _COPY = MIB
-_HASHES = _COPY // HASH_BYTES
 
 
 class TreeFile:
@@ -51,13 +50,6 @@ class TreeFile:
     def put_hashes(self, block: int, hashes: bytes) -> None:
         """Takes the hashes of blocks, 32 bytes each."""
         _write(self._fd, hashes, self._leaves + block * HASH_BYTES)
-
-    def put_hash_file(self, block: int, fd: int, first: int, count: int) -> None:
-        """Takes `count` hashes from a file of hashes, from number `first` on."""
-        for at in range(0, count, _HASHES):
-            number = min(_HASHES, count - at)
-            hashes = read_exactly(fd, (first + at) * HASH_BYTES, number * HASH_BYTES)
-            self.put_hashes(block + at, hashes)
 
     def finish(self, uuid: bytes) -> str:
         """Makes the levels and the superblock, when all hashes are there; the root hash in hex."""

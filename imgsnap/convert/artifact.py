@@ -7,13 +7,13 @@ one manifest GET and neither downloads nor converts that layer again.
 from dataclasses import dataclass
 
 from imgsnap.convert.ingest import LayerSource
-from imgsnap.convert.packer import PackedLayer
 from imgsnap.digest import Digest, digest_hex, sha256_digest
 from imgsnap.errors import FormatError, NotFound
 from imgsnap.formats import chunk_map_codec, frame, layer_index_codec
 from imgsnap.formats.chunk_map import ChunkMap, PackRef
 from imgsnap.formats.layer_index import LayerIndex
 from imgsnap.formats.rules import Rules
+from imgsnap.formats.verity import HASH_BYTES
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageManifest, parse_manifest, raw_manifest
 from imgsnap.oci.published import RULES
@@ -35,6 +35,7 @@ class LayerArtifact:
 
     index: LayerIndex
     chunk_map: ChunkMap
+    hashes: Descriptor | None = None  # of its blocks, if it was ever part of a hash tree
 
 
 def layer_tag(diff_id: Digest, rules: Rules) -> str:
@@ -63,7 +64,16 @@ def find_artifact(repository: Repository, layer: LayerSource, rules: Rules) -> L
         raise FormatError(RECORD, "chunk map", 0, "is of another layer")
     if chunk_map.extents[0].total_blocks != index.extent_blocks:
         raise FormatError(RECORD, "chunk map", 0, "does not cover the layer's extent")
-    return LayerArtifact(index, chunk_map)
+    return LayerArtifact(index, chunk_map, _hashes(manifest, index))
+
+
+def _hashes(manifest: ImageManifest, index: LayerIndex) -> Descriptor | None:
+    if all(layer.media_type != media_types.BLOCK_HASHES for layer in manifest.layers):
+        return None
+    descriptor = _only(manifest, media_types.BLOCK_HASHES)
+    if descriptor.size != index.extent_blocks * HASH_BYTES:
+        raise FormatError(RECORD, "block hashes", 0, f"{descriptor.size} bytes")
+    return descriptor
 
 
 def read_chunk_map(repository: Repository, manifest: ImageManifest) -> ChunkMap:
@@ -120,19 +130,22 @@ def put_empty(target: WritableRepository) -> None:
 
 
 def publish_artifact(
-    target: WritableRepository, index: LayerIndex, packed: PackedLayer
+    target: WritableRepository,
+    index: LayerIndex,
+    chunk_map: ChunkMap,
+    hashes: Descriptor | None = None,
 ) -> LayerArtifact:
-    """Stores a layer's artefact; its packs must be in the target already.
+    """Stores a layer's artefact; its packs, and the hashes of its blocks, must be in the target
+    already.
 
     Before several of them at a time, `put_empty`: docker-registry refuses a manifest while
     another client stores a blob that it lists.
     """
     layers = (
         put_content(target, layer_index_codec.encode(index), media_types.LAYER_INDEX, INDEX_LEVEL),
-        put_content(
-            target, chunk_map_codec.encode(packed.chunk_map), media_types.CHUNK_MAP, INDEX_LEVEL
-        ),
-        *(pack_descriptor(pack) for pack in packed.chunk_map.packs),
+        put_content(target, chunk_map_codec.encode(chunk_map), media_types.CHUNK_MAP, INDEX_LEVEL),
+        *(pack_descriptor(pack) for pack in chunk_map.packs),
+        *([hashes] if hashes is not None else []),
     )
     document = ImageManifest(
         config=put_raw(target, EMPTY, media_types.OCI_EMPTY),
@@ -142,4 +155,4 @@ def publish_artifact(
     )
     raw: RawManifest = raw_manifest(document)
     target.put_manifest(raw, [layer_tag(index.diff_id, index.rules)])
-    return LayerArtifact(index, packed.chunk_map)
+    return LayerArtifact(index, chunk_map, hashes)

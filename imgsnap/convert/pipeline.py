@@ -9,7 +9,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from imgsnap.convert.artifact import (
     publish_artifact,
     put_empty,
 )
+from imgsnap.convert.block_hashes import BlockHashes
 from imgsnap.convert.dedupe import Known, artifact_name
 from imgsnap.convert.ingest import LayerSource
 from imgsnap.convert.layer import BuiltLayer
@@ -35,7 +36,7 @@ from imgsnap.convert.packer import PackedLayer, Packer
 from imgsnap.convert.progress import Progress
 from imgsnap.convert.snapshot import Snapshot, build_snapshot
 from imgsnap.convert.source import SourceImage
-from imgsnap.convert.verity import BlockHashes, Sealer
+from imgsnap.convert.verity import Sealer
 from imgsnap.digest import Digest
 from imgsnap.errors import ResourceExhausted
 from imgsnap.formats.chunk_map import PackRef
@@ -127,7 +128,6 @@ class Conversion:
         self._running: list[Future[Any]] = []
         self._taking = threading.Lock()
         self._prepared = False
-        self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         work_dir = self._options.work_dir
@@ -147,7 +147,7 @@ class Conversion:
         self._transfer = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="imgsnap-transfer")
         work = Path(self._work.name)
         self._packer = Packer(work, self._options.level, self._compress, self._known)
-        self._hashes = self._open.enter_context(BlockHashes(work / "block-hashes"))
+        self._hashes = BlockHashes(work)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -158,7 +158,6 @@ class Conversion:
         # transport is patient. It is left behind: whatever it writes goes to a deleted file.
         failed = exc_info[0] is not None
         wait(self._running, timeout=ABANDON_AFTER_S if failed else None)
-        self._open.close()
         self._work.cleanup()
 
     def convert(self, source: Repository, image: SourceImage) -> ConvertedImage:
@@ -187,10 +186,8 @@ class Conversion:
         )
 
     def _sealer(self, artifacts: dict[Digest, LayerArtifact]) -> Sealer:
-        """Takes the block hashes of layers that were converted before."""
-        unknown = [item for diff_id, item in artifacts.items() if diff_id not in self._hashes]
-        if unknown:
-            self._hashes.read_back(self._target, unknown, self._progress)
+        """Gets the block hashes of layers that were converted before."""
+        self._hashes.obtain(self._target, [*artifacts.values()], self._progress)
         work = Path(self._work.name)
         rules = self._options.rules
         return Sealer(self._hashes, self._packer, rules, self._target, work, self._progress)
@@ -222,12 +219,11 @@ class Conversion:
                 continue
             self._prepare_target()
             with self._taking:  # two layers may use one pack
-                for pack in found.chunk_map.packs:
-                    descriptor = pack_descriptor(pack)
+                blobs = [pack_descriptor(pack) for pack in found.chunk_map.packs]
+                blobs += [found.hashes] if found.hashes is not None else []
+                for descriptor in blobs:
                     copy_blob(repository, self._target, descriptor, Path(self._work.name))
-            return publish_artifact(
-                self._target, found.index, PackedLayer(found.chunk_map, (), 0, 0)
-            )
+            return publish_artifact(self._target, found.index, found.chunk_map, found.hashes)
         return None
 
     def _prepare_target(self) -> None:
@@ -312,18 +308,16 @@ class Conversion:
 
     def _pack(self, layer: LayerSource, built: BuiltLayer, tar: Path) -> PackedLayer:
         self._progress.stage(layer.label, "pack", built.index.extent_blocks << 12)
-        hashed = (
-            self._hashes.taker(layer.diff_id, built.index.extent_blocks)
-            if self._options.verity
-            else None
-        )
+        with contextlib.ExitStack() as stack:
+            hashed: Callable[[bytes], None] = _ignore
+            if self._options.verity:
+                hashed = stack.enter_context(self._hashes.taking(layer.diff_id))
 
-        def advance(data: bytes) -> None:
-            if hashed is not None:
+            def advance(data: bytes) -> None:
                 hashed(data)
-            self._progress.advance(layer.label, len(data))
+                self._progress.advance(layer.label, len(data))
 
-        packed = self._packer.pack(built, tar, advance)
+            packed = self._packer.pack(built, tar, advance)
         tar.unlink()
         return packed
 
@@ -348,9 +342,14 @@ class Conversion:
         self._prepare_target()
         for artifact_below in earlier:
             artifact_below.result()
-        artifact = publish_artifact(self._target, built.index, packed)
+        hashes = self._hashes.store(self._target, layer.diff_id) if self._options.verity else None
+        artifact = publish_artifact(self._target, built.index, packed.chunk_map, hashes)
         self._progress.done(layer.label, f"{packed.new_bytes >> 10} KiB new")
         return artifact
+
+
+def _ignore(data: bytes) -> None:
+    """Nobody wants the hashes."""
 
 
 def _report(layer: LayerSource, artifact: LayerArtifact, packed: PackedLayer | None) -> LayerReport:

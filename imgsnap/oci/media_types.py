@@ -25,6 +25,7 @@ EROFS_METADATA = "application/vnd.imgsnap.erofs-metadata.v1+zstd"
 CHUNK_MAP = "application/vnd.imgsnap.chunk-map.v1+zstd"
 PACK = "application/vnd.imgsnap.pack.v1"
 BOOT_PACK = "application/vnd.imgsnap.boot-pack.v1"
+BLOCK_HASHES = "application/vnd.imgsnap.block-hashes.v1"
 LAYER_INDEX = "application/vnd.imgsnap.layer-index.v1+zstd"
 
 MANIFESTS = frozenset({OCI_MANIFEST, DOCKER_MANIFEST})

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from imgsnap.errors import IntegrityError, Unsupported
+from imgsnap.errors import IntegrityError
 from imgsnap.formats.erofs_read import ErofsReader
 from imgsnap.mount.container import Command, Identity
 from imgsnap.vm import run
 from imgsnap.vm.image_files import files_on
 from imgsnap.vm.machine import GuestStopped
 from imgsnap.vm.run import TimeLine, Wanted
-from imgsnap.vm.verity import VerifiedRoot, verified_root
+from imgsnap.vm.verity import VerifiedRoot
 from tests.integration.test_vm import RUN, WALK, fetched, reference_sums, shell, tars, walked
 from tests.support.cli import Cli
 from tests.support.docker_registry import DockerRegistry
