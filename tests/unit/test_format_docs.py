@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imgsnap.formats import erofs, erofs_devices, erofs_xattr, layer_index_check
+from imgsnap.formats import erofs, erofs_devices, erofs_xattr, layer_index_check, verity
 from imgsnap.formats import layer_index_layout as layout
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "format"
@@ -21,6 +21,7 @@ RECORDS = [
     ("erofs.md", "XattrHeader", erofs.XATTR_HEADER, erofs.XattrHeader),
     ("erofs.md", "XattrEntry", erofs.XATTR_ENTRY, erofs.XattrEntry),
     ("erofs.md", "DeviceSlot", erofs_devices.DEVICE_SLOT, erofs_devices.DeviceSlot),
+    ("verity.md", "VeritySuperblock", verity.VERITY_SUPERBLOCK, verity.VeritySuperblock),
 ]
 
 

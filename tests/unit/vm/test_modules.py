@@ -59,6 +59,22 @@ def test_what_a_module_needs_comes_before_it_however_it_is_compressed(tmp_path: 
         found.load_order(["erofs"])
 
 
+def test_a_renamed_module_is_found_by_either_name(tmp_path: Path) -> None:
+    """crypto/sha256_generic.c became crypto/sha256.c."""
+    older = tree(tmp_path / "old", {"sha256_generic.ko": module()})
+    newer = tree(tmp_path / "new", {"sha256.ko": module("libsha256"), "libsha256.ko": module()})
+    builtin = tree(tmp_path / "builtin", {}, builtin="kernel/crypto/sha256.ko\n")
+    neither = tree(tmp_path / "none", {"other.ko": module()})
+    for kernel_, loaded in (
+        (older, ["sha256_generic"]),
+        (newer, ["libsha256", "sha256"]),
+        (builtin, []),
+    ):
+        assert kernel_.has("sha256_generic")
+        assert names(kernel_.load_order(["sha256_generic"])) == loaded
+    assert not neither.has("sha256_generic")
+
+
 def test_damaged_modules_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tree(tmp_path, {"a.ko": module("b"), "b.ko": module("a"), "large.ko.gz": bytes(9999)})
     with pytest.raises(FormatError, match="depend on each other"):
