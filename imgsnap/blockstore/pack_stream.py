@@ -7,7 +7,7 @@ from typing import NamedTuple
 from imgsnap.digest import ChunkId, chunk_id
 from imgsnap.errors import DigestMismatch, FormatError, IntegrityError
 from imgsnap.formats import frame
-from imgsnap.formats.chunk_map import ChunkMap, PackRef
+from imgsnap.formats.chunk_map import ChunkMap, PackRef, zero_chunk_id
 from imgsnap.oci import media_types
 from imgsnap.oci.repository import ByteStream, Descriptor, Repository
 from imgsnap.units import BLOCK_SIZE, MIB
@@ -50,6 +50,9 @@ def plan(chunk_map: ChunkMap, bases: Sequence[int]) -> PackPlan:
         for row, blocks in enumerate(extent.blocks):
             place = chunk_map.place(extent, row)
             if place is None:
+                if extent.chunk_id(row) != zero_chunk_id(blocks):
+                    where = f"extent {extent.diff_id}: chunk {row}"
+                    raise FormatError("chunk map", where, 0, "has no frame and is not zeros")
                 zeros.append(Zeros(block, blocks))
             else:
                 chunk, size = extent.chunk_id(row), blocks * BLOCK_SIZE

@@ -8,8 +8,8 @@ import os
 from pathlib import Path
 from typing import Self
 
-from imgsnap.errors import DigestMismatch, IntegrityError
-from imgsnap.formats.snapshot_config import SnapshotConfig
+from imgsnap.errors import DigestMismatch, IntegrityError, ResourceExhausted
+from imgsnap.formats.snapshot_config import SnapshotConfig, VerityConfig
 from imgsnap.formats.verity import (
     HASH_BYTES,
     HASHES_PER_BLOCK,
@@ -94,11 +94,17 @@ def check_tree(config: SnapshotConfig, device: Path, area: Path) -> str | None:
     that has none.
 
     Raises DigestMismatch when the root hash is another, IntegrityError when it is right and the
-    tree on the device is not, OSError.
+    tree on the device is not, ResourceExhausted when there is no room for the tree.
     """
-    stated = config.verity
-    if stated is None:
+    if config.verity is None:
         return None
+    try:
+        return _check_tree(config, config.verity, device, area)
+    except OSError as error:
+        raise ResourceExhausted(f"cannot write {area}: {error.strerror}") from error
+
+
+def _check_tree(config: SnapshotConfig, stated: VerityConfig, device: Path, area: Path) -> str:
     fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
     try:
         root_hash = root_hash_of(fd, config.total_blocks, bytes.fromhex(config.uuid), area)

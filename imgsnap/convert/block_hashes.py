@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from imgsnap.blockstore.pack_stream import plan, read_pack
 from imgsnap.blockstore.verity_tree import TreeFile
@@ -20,7 +21,7 @@ from imgsnap.convert.artifact import LayerArtifact, publish_artifact
 from imgsnap.convert.chunk_maps import merge_chunk_maps
 from imgsnap.convert.progress import Progress
 from imgsnap.digest import Digest, digest_hex
-from imgsnap.errors import DigestMismatch, NotFound
+from imgsnap.errors import DigestMismatch, IntegrityError, NotFound, ResourceExhausted
 from imgsnap.formats.verity import HASH_BYTES, block_hash, block_hashes
 from imgsnap.oci import media_types
 from imgsnap.oci.repository import Descriptor, Repository, WritableRepository
@@ -31,7 +32,7 @@ LABEL = "verity"
 
 
 class BlockHashes:
-    """The hashes of layers, by diffID. Methods raise OSError."""
+    """The hashes of layers, by diffID. Methods raise ResourceExhausted when the disk is full."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -43,7 +44,7 @@ class BlockHashes:
     @contextmanager
     def taking(self, diff_id: Digest) -> Iterator[Callable[[bytes], None]]:
         """Takes an extent's bytes, whole blocks in order, until the context is left."""
-        with self.path(diff_id).open("wb") as file:
+        with self._on_disk(), self.path(diff_id).open("wb") as file:
 
             def take(data: bytes) -> None:
                 file.write(b"".join(block_hashes(data)))
@@ -60,9 +61,10 @@ class BlockHashes:
         Raises DigestMismatch for damage, and what the repository raises.
         """
         unknown = [item for item in artifacts if item.index.diff_id not in self._known]
-        lacking = [item for item in unknown if not self._fetched(target, item)]
-        if lacking:
-            self._read_back(target, lacking, progress)
+        with self._on_disk():
+            lacking = [item for item in unknown if not self._fetched(target, item)]
+            if lacking:
+                self._read_back(target, lacking, progress)
         for item in lacking:
             hashes = self.store(target, item.index.diff_id)
             publish_artifact(target, item.index, item.chunk_map, hashes)
@@ -86,24 +88,27 @@ class BlockHashes:
                 tree.put_hashes(block, hashes)
                 block += len(hashes) // HASH_BYTES
 
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ResourceExhausted(
+                f"cannot write block hashes in {self._directory}: {error.strerror}",
+                hint="choose a disk with room with --work-dir",
+            ) from error
+
     def _fetched(self, repository: Repository, artifact: LayerArtifact) -> bool:
         """Whether the artefact has the hashes; an extent without blocks needs none."""
         diff_id, descriptor = artifact.index.diff_id, artifact.hashes
         if descriptor is None and artifact.index.extent_blocks:
             return False
-        sha256 = hashlib.sha256()
         with self.path(diff_id).open("wb") as file:
-            if descriptor is not None:
-                try:
-                    with repository.open_blob(descriptor) as stream:
-                        while data := stream.read(MIB):
-                            sha256.update(data)
-                            file.write(data)
-                except NotFound:
-                    return False
-                got = "sha256:" + sha256.hexdigest()
-                if got != descriptor.digest:
-                    raise DigestMismatch(f"{repository.name}: blob", descriptor.digest, got)
+            try:
+                if descriptor is not None:
+                    _copy(repository, descriptor, file)
+            except NotFound:
+                return False
         self._known.add(diff_id)
         return True
 
@@ -137,3 +142,22 @@ class BlockHashes:
         for run in zeros:
             put(run.block, zero * run.blocks)
         self._known.update(artifact.index.diff_id for artifact in artifacts)
+
+
+def _copy(repository: Repository, descriptor: Descriptor, file: IO[bytes]) -> None:
+    """A blob, verified; no more than its size of it. Raises DigestMismatch, IntegrityError."""
+    sha256, left = hashlib.sha256(), descriptor.size
+    with repository.open_blob(descriptor) as stream:
+        while data := stream.read(MIB):
+            left -= len(data)
+            if left < 0:
+                break
+            sha256.update(data)
+            file.write(data)
+    if left:
+        raise IntegrityError(
+            f"{repository.name}: blob {descriptor.digest} has not its {descriptor.size} bytes"
+        )
+    got = "sha256:" + sha256.hexdigest()
+    if got != descriptor.digest:
+        raise DigestMismatch(f"{repository.name}: blob", descriptor.digest, got)

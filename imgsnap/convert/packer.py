@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import IO, Protocol
 
@@ -24,7 +23,14 @@ from imgsnap.convert.layer import BuiltLayer
 from imgsnap.digest import ChunkId, Digest, chunk_id
 from imgsnap.errors import ResourceExhausted
 from imgsnap.formats.block_tree import TreeHasher
-from imgsnap.formats.chunk_map import ZERO_PACK, ChunkMap, ChunkPlace, Extent, PackRef
+from imgsnap.formats.chunk_map import (
+    ZERO_PACK,
+    ChunkMap,
+    ChunkPlace,
+    Extent,
+    PackRef,
+    zero_chunk_id,
+)
 from imgsnap.formats.chunk_map_codec import PACKS_MAX
 from imgsnap.units import BLOCK_SIZE, MIB
 
@@ -62,11 +68,6 @@ class PackedLayer:
     new_packs: tuple[Pack, ...]
     new_chunks: int
     new_bytes: int  # compressed
-
-
-@cache
-def _zero_id(blocks: int) -> ChunkId:
-    return chunk_id(bytes(blocks * BLOCK_SIZE))
 
 
 def _compress(data: bytes, level: int) -> bytes:
@@ -199,7 +200,7 @@ class Packer:
         row = _Row(chunk, len(data) // BLOCK_SIZE)
         session.rows.append(row)
         session.tree.update(data)
-        if chunk == _zero_id(row.blocks) or chunk in session.own:
+        if chunk == zero_chunk_id(row.blocks) or chunk in session.own:
             return
         row.place = self._known.find(chunk)
         session.own[chunk] = row

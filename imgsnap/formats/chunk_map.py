@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from functools import cache
 
-from imgsnap.digest import ChunkId, Digest
+from imgsnap.digest import ChunkId, Digest, chunk_id
+from imgsnap.units import BLOCK_SIZE
 
 ZERO_PACK = 0xFFFF
 """Pack number of a chunk that is all zeros and is stored nowhere."""
+
+
+@cache
+def zero_chunk_id(blocks: int) -> ChunkId:
+    """The id of a chunk of zeros."""
+    return chunk_id(bytes(blocks * BLOCK_SIZE))
 
 
 @dataclass(frozen=True, slots=True)

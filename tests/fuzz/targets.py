@@ -17,13 +17,14 @@ from pathlib import Path
 
 from imgsnap.blockstore.extent_cache import PresenceHeader
 from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
+from imgsnap.blockstore.verity_tree import VerifiedDevice
 from imgsnap.containerd.api.cri.v1 import cri_pb2
 from imgsnap.containerd.config import snippet
 from imgsnap.convert.ingest import LayerSource, index_tar
 from imgsnap.convert.limits import Limits
 from imgsnap.convert.tar import TarReader
 from imgsnap.digest import sha256_digest
-from imgsnap.errors import FormatError, InvalidArgument
+from imgsnap.errors import FormatError, IntegrityError, InvalidArgument
 from imgsnap.formats import chunk_map_codec, erofs, layer_index_codec, layer_index_layout
 from imgsnap.formats.erofs_read import ErofsReader
 from imgsnap.formats.frame import compress, decompress
@@ -141,6 +142,22 @@ def _(data: bytes) -> None:
 )
 def _(data: bytes) -> None:
     parse_config(data)
+
+
+@target("verified-device", seeds=lambda: [sealed().device])
+def _(data: bytes) -> None:
+    """What is read is what the root hash says, whatever is on the disk."""
+    config = sealed().config
+    fd = os.memfd_create("device")
+    try:
+        os.write(fd, data)
+        device = VerifiedDevice(fd, config.total_blocks, config.root_hash)
+        for offset in range(0, device.size, 65536):
+            with suppress(IntegrityError):
+                end = min(offset + 65536, device.size)
+                assert device.read(offset, 65536) == sealed().device[offset:end]
+    finally:
+        os.close(fd)
 
 
 @target("chunk-map", seeds=lambda: [chunk_map_codec.encode(snapshot().chunk_map)])

@@ -44,7 +44,7 @@ def blob(cli: Cli, digest: str) -> bytes:
 
 @pytest.mark.root
 def test_veritysetup_takes_an_attached_device(cli: Cli, layout: str, tmp_path: Path) -> None:
-    cli.convert(layout, "store:app", "--verity")
+    digest = cli.convert(layout, "store:app", "--verity")
     verity = verity_of(cli, "store:app")
     assert cli("inspect", "store:app").out.count(verity["rootHash"]) == 1
     with node_daemon(cli):
@@ -55,6 +55,8 @@ def test_veritysetup_takes_an_attached_device(cli: Cli, layout: str, tmp_path: P
         assert not judged(device, verity, "00" * 32)
         copy = tmp_path / "copy"
         copy.write_bytes(device.read_bytes()[:size])
+        stalls = cli("explain", digest, "--format", "json").json["stalls"]
+        assert [stall for stall in stalls if "hash tree" in stall["paths"]], stalls
         cli("detach", device)
     assert judged(copy, verity)
     whole = copy.read_bytes()
