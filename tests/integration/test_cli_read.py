@@ -42,7 +42,7 @@ def test_inspect(cli: Cli, app: str):
     value = cli("inspect", app, "--format", "json").json
     assert set(value) == {
         *("schema", "digest", "platform", "source", "rules", "deviceSize", "inodes", "uuid"),
-        *("metadata", "chunkMap", "packs", "stored", "layers", "bootPacks"),
+        *("metadata", "chunkMap", "packs", "stored", "verity", "layers", "bootPacks"),
     }
     assert value["platform"] == "linux/amd64" and value["inodes"] == 12
     base, top = value["layers"]

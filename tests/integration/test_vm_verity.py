@@ -4,6 +4,7 @@ Disks that are not what their root hash says cannot come from our block server, 
 itself. They are copies, given to `imgsnap.vm.run` as the disk that a hostile loader would serve.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from imgsnap.errors import IntegrityError
 from imgsnap.formats.erofs_read import ErofsReader
+from imgsnap.formats.verity import VerityLayout
 from imgsnap.mount.container import Command, Identity
 from imgsnap.vm import run
 from imgsnap.vm.image_files import files_on
@@ -26,7 +28,7 @@ from tests.support.guest import BOOT_TRIES, kit
 from tests.support.image_builder import image, write_layout
 from tests.support.images import Bytes
 from tests.support.node import node_daemon
-from tests.support.samples import noise
+from tests.support.samples import many_files, noise
 from tests.support.verity import BLOCK
 from tests.support.vm import Vm
 
@@ -116,7 +118,9 @@ class Disk:
 
     def __init__(self, vm: Vm, directory: Path) -> None:
         self._directory = directory
-        write_layout(directory / "image", image(*tars(), run=RUN))
+        # So many names that the root directory has blocks of its own.
+        names = many_files(count=400, size=1)
+        write_layout(directory / "image", image(*tars(), names, run=RUN))
         vm.cli.convert(f"oci:{directory}/image", "store:app", "--verity")
         device = Path(vm.cli("attach", "store:app").out.strip())
         self.path = directory / "disk"
@@ -166,8 +170,6 @@ class Disk:
 
     @property
     def root(self) -> VerifiedRoot:
-        from imgsnap.formats.verity import VerityLayout
-
         return VerifiedRoot(VerityLayout(self.data_blocks), self.root_hash)
 
 
@@ -188,8 +190,6 @@ def test_a_flipped_block_of_a_file_is_an_error_and_never_read(disk: Disk) -> Non
     )
     status, output = disk.boot(script, disk.root)
     lines = [line for line in output.splitlines() if line]
-    import hashlib
-
     content = noise(12_000_000, 9)
     near = (block - 40) * BLOCK
     assert hashlib.sha256(content[near : near + BLOCK]).hexdigest() in lines[0]
@@ -209,6 +209,14 @@ def test_a_flipped_superblock_is_refused(disk: Disk) -> None:
     assert caught.value.exit_code == 3 and caught.value.hint
     with pytest.raises(IntegrityError, match="block 0"):
         files_on(disk.path, disk.root)("/etc/passwd")
+
+
+def test_a_flipped_root_directory_is_refused(disk: Disk) -> None:
+    place = disk.place_of(b"", 100)
+    assert place > BLOCK, "not the superblock's block"
+    disk.flip(place)
+    with pytest.raises(IntegrityError, match="not what its root hash says"):
+        disk.boot("echo up", disk.root)
 
 
 def test_a_flipped_top_of_the_tree_is_refused(disk: Disk) -> None:

@@ -35,10 +35,14 @@ failed() {
     stop failed "$1"
 }
 
-unreadable() { # REASON, unless the kernel found something worse
+refuse_corrupted() { # what the kernel has found so far; an error of the disk itself is none
     case $(dmesg) in
         *verity*" is corrupted"*) stop refused "the snapshot is not what its root hash says" ;;
     esac
+}
+
+unreadable() { # REASON
+    refuse_corrupted
     failed "$1"
 }
 
@@ -101,6 +105,7 @@ said=$(mount -t overlay \
     failed "mounting the overlay: $said"
 
 cd /new || unreadable "there is no root"
+ls >/dev/null # so that a root directory that cannot be read is found now; ls says nothing
 mkdir -p dev proc sys
 mount -t proc proc proc
 mount -t sysfs sysfs sys
@@ -117,6 +122,7 @@ mount -o move . /
 echo imgsnap >/proc/sys/kernel/hostname
 stty -F "$console" raw -echo
 
+[ -e /verity ] && refuse_corrupted
 echo ready >&3
 while read -r word token script <&3; do
     [ "$word" = run ] || failed "the host asked for $word"
