@@ -64,8 +64,13 @@ _MACHINE = (
         help="End it after this time, the boot included",
     ),
     click.option("--emulate", is_flag=True, help="Do not use KVM"),
+    click.option(
+        "--dax", is_flag=True, help="Map the snapshot into the guest; it must be cached whole"
+    ),
 )
-_MACHINE_NAMES = ("memory", "cpus", "kernel", "modules", "net", "scratch", "timeout", "emulate")
+_MACHINE_NAMES = (
+    "memory", "cpus", "kernel", "modules", "net", "scratch", "timeout", "emulate", "dax"
+)  # fmt: skip
 
 
 def machine_flags(function: F) -> F:
@@ -99,6 +104,13 @@ def command() -> None:
     type=click.Path(path_type=Path),
     help="Write when what happened and what was fetched, as JSON",
 )
+@click.option(
+    "--via",
+    type=click.Choice(["fuse", "ublk"]),
+    default="fuse",
+    show_default=True,
+    help="What QEMU opens: a file, or a disk /dev/ublkbN",
+)
 @boot_pack_option
 @platform_option
 @reading_flags
@@ -111,6 +123,7 @@ def run(
     cmd: tuple[str, ...],
     trace: Path | None,
     report: Path | None,
+    via: str,
     boot_pack: str | None,
     platform: str | None,
     prefetch: str,
@@ -124,12 +137,14 @@ def run(
     the command's. A terminal is the command's terminal; without one it has no input.
     """
     wanted = _wanted(**{name: flags.pop(name) for name in _MACHINE_NAMES})
+    if wanted.dax and via == "ublk":
+        raise InvalidArgument("--dax maps a file, not a disk", hint="leave out --via ublk")
     if trace is not None:
         read = reading((), image_config=True)
     else:
         read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate, image_config=True)
     signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # a closed terminal
-    return _Run(settings, Places(settings, flags), ref, platform).run(
+    return _Run(settings, Places(settings, flags), ref, platform, via).run(
         wanted, cmd, read, trace, report
     )
 
@@ -143,6 +158,7 @@ def _wanted(
     scratch: str | None,
     timeout: float | None,
     emulate: bool,
+    dax: bool,
 ) -> "Wanted":
     """The machine's options as the library has them. Raises InvalidArgument."""
     from imgsnap.vm.run import Wanted
@@ -156,17 +172,21 @@ def _wanted(
         scratch=None if scratch is None else _size("--scratch", scratch),
         limit_s=timeout,
         emulate=emulate,
+        dax=dax,
     )
 
 
 class _Run:
     """One run of a snapshot."""
 
-    def __init__(self, settings: Settings, places: Places, ref: str, platform: str | None) -> None:
+    def __init__(
+        self, settings: Settings, places: Places, ref: str, platform: str | None, via: str
+    ) -> None:
         self._settings = settings
         self._places = places
         self._ref = ref
         self._platform = platform
+        self._via = via
 
     def run(
         self,
@@ -185,6 +205,8 @@ class _Run:
             attached = self._attach(stack, read, alone=trace is not None)
             line.mark("attached")
             disk, digest = Path(attached["path"]), attached["manifest_digest"]
+            if wanted.dax:
+                self._check_complete(digest)
             command = self._command(stack, disk, digest, cmd)
             status = run.run(tools, wanted, disk, command, state, _say, line, _print)
             if trace is not None:
@@ -201,7 +223,7 @@ class _Run:
 
         me = ProcessId.of(os.getpid())
         stack.callback(release, self._settings.run, me)
-        attached = self._places.attach(self._ref, self._platform, read, process=me)
+        attached = self._places.attach(self._ref, self._platform, read, process=me, via=self._via)
         if alone:
             known = daemon_call(self._settings.run, "attachments")
             users = next(item["users"] for item in known if item["id"] == attached["id"])
@@ -211,6 +233,17 @@ class _Run:
                     hint="detach it first; imgsnap attachments lists what is attached",
                 )
         return attached
+
+    def _check_complete(self, digest: str) -> None:
+        """A page that cannot be fetched would end the guest. What is attached is not evicted."""
+        with ExitStack() as stack:
+            snapshot = self._places.snapshot(stack, self._ref, None, digest)
+            reader = stack.enter_context(self._places.block_reader(snapshot))
+            if not reader.local:
+                raise Unsupported(
+                    "--dax takes snapshots that are in the node's cache as a whole",
+                    hint=f"fetch it first: imgsnap warm {self._ref}",
+                )
 
     def _command(
         self, stack: ExitStack, disk: Path, digest: str, cmd: tuple[str, ...]

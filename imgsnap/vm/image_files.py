@@ -28,7 +28,8 @@ def files_on(disk: Path) -> ReadFile:
     def read(path: str) -> bytes:
         fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            reader = ErofsReader(_Disk(fd, os.fstat(fd).st_size))
+            size = os.lseek(fd, 0, os.SEEK_END)  # stat(2) has none for a block device
+            reader = ErofsReader(_Disk(fd, size))
             inode = reader.resolve(path.encode())
             if inode.kind != Kind.FILE:
                 return b""

@@ -21,7 +21,7 @@ from imgsnap.errors import ImgsnapError, InvalidArgument, ResourceExhausted, Uns
 from imgsnap.mount.container import Command
 from imgsnap.units import MIB
 from imgsnap.vm import initramfs, kvm
-from imgsnap.vm.kernel import BASE, NETWORK, SCRATCH, GuestKernel, find_kernel
+from imgsnap.vm.kernel import BASE, DAX, NETWORK, SCRATCH, GuestKernel, find_kernel
 from imgsnap.vm.launcher import launcher
 from imgsnap.vm.machine import GuestStopped, Machine, Output, write_initramfs
 from imgsnap.vm.network import TAP, Network, guest_network
@@ -51,6 +51,7 @@ class Wanted:
     scratch: int | None = None  # bytes of a disk for changes; None: they are kept in memory
     limit_s: float | None = None  # for boot and command
     emulate: bool = False  # even where KVM works
+    dax: bool = False  # map the disk into the guest; all its bytes must be local
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ def prepare(wanted: Wanted, state: Path, say: Say) -> Tools:
     if wanted.scratch is not None:
         _program("mkfs.ext4", "e2fsprogs")
     needed = dict(BASE)
+    needed |= DAX if wanted.dax else {}
     needed |= NETWORK if wanted.network else {}
     needed |= SCRATCH if wanted.scratch is not None else {}
     kernel = find_kernel(wanted.kernel, wanted.modules, needed)
@@ -163,7 +165,7 @@ def run(
         network = stack.enter_context(guest_network()) if wanted.network else None
         scratch = _scratch_disk(work, wanted.scratch) if wanted.scratch is not None else None
         hardware = _hardware(tools, wanted, disk, scratch, network)
-        boot = _boot(tools, work, command, scratch, network)
+        boot = _boot(tools, work, command, hardware, network)
         prefix = network.command_prefix if network else []
         if network:
             say(f"the guest is {network.guest}, this machine {network.host}")
@@ -188,22 +190,30 @@ def _deadline(wanted: Wanted, line: TimeLine) -> float:
 def _hardware(
     tools: Tools, wanted: Wanted, disk: Path, scratch: Path | None, network: Network | None
 ) -> Hardware:
-    drives = [Drive(disk)]
+    drives = [] if wanted.dax else [Drive(disk)]
     if scratch is not None:
         drives.append(Drive(scratch, read_only=False))
-    tap = TAP if network else None
-    return Hardware(tools.accelerator, wanted.memory_mib, wanted.cpus, tuple(drives), tap)
+    return Hardware(
+        tools.accelerator,
+        wanted.memory_mib,
+        wanted.cpus,
+        tuple(drives),
+        pmem=disk if wanted.dax else None,
+        tap=TAP if network else None,
+    )
 
 
 def _boot(
-    tools: Tools, work: Path, command: Command, scratch: Path | None, network: Network | None
+    tools: Tools, work: Path, command: Command, hardware: Hardware, network: Network | None
 ) -> Boot:
     program = initramfs.file(_LAUNCH, launcher(command), executable=True)
     data = initramfs.guest(tools.busybox, tools.kernel.modules, [program])
     path = write_initramfs(work, data)
     parameters = network.parameters if network else []
-    if scratch is not None:
-        parameters.append("imgsnap.scratch=/dev/vdb")
+    if hardware.pmem is not None:
+        parameters.append("imgsnap.dax=/dev/pmem0")
+    if any(not drive.read_only for drive in hardware.drives):
+        parameters.append("imgsnap.scratch=/dev/" + ("vda" if hardware.pmem else "vdb"))
     return Boot(tools.kernel.image, path, tuple(parameters))
 
 

@@ -1,7 +1,11 @@
 """`imgsnap attach`: a snapshot as a file for VMMs."""
 
+import errno
+import fcntl
 import json
+import mmap
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,8 @@ from tests.support.samples import many_files, noise
 pytestmark = pytest.mark.root
 
 FILES, SIZE = 8, 300_000
+F_OFD_SETLK = 37
+"""include/uapi/asm-generic/fcntl.h; Python's fcntl has no such name."""
 
 
 @pytest.fixture
@@ -125,3 +131,55 @@ def test_a_disk_without_the_driver(node: Node, cli: Cli, snapshot):
     assert "no ublk driver" in said and "CONFIG_BLK_DEV_UBLK" in said and "--via fuse" in said
     cli.fails(2, "attach", "--ublk-id", "3", snapshot, hint=False)
     assert cli("attachments", "--format", "json").json["attachments"] == []
+
+
+def test_a_jailed_process_of_another_user_reads_it(node: Node, cli: Cli, snapshot, tmp_path):
+    """As Firecracker's jailer has it: a bind mount below a chroot, and no privileges."""
+    path = Path(cli("attach", snapshot).out.strip())
+    whole, jail = path.read_bytes(), tmp_path / "jail"
+    jail.mkdir()
+    (jail / "disk").touch()
+    linux.mount(str(path), jail / "disk", "none", MountFlag.BIND)
+    try:
+        assert in_jail(jail, lambda: read_as_vmms(whole)) == 0
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        node.kill(node.server())
+        assert in_jail(jail, lambda: read_as_vmms(whole)) == 0
+        assert in_jail(jail, lambda: os.open("/disk", os.O_RDWR)) == JAIL_FAILED
+    finally:
+        linux.umount(jail / "disk", UmountFlag(0))
+    cli("detach", "--lazy", path)
+
+
+JAIL_FAILED = 9
+NOBODY = 54321
+
+
+def in_jail(root: Path, what) -> int:
+    """Runs it in a process of nobody's whose root is `root`; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.chroot(root)
+            os.chdir("/")
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            what()
+        except OSError as error:
+            os._exit(JAIL_FAILED if error.errno in (errno.EACCES, errno.EROFS) else 1)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def read_as_vmms(whole: bytes) -> None:
+    """Read-only: by reads, by a shared mapping (virtio-pmem), locked as Cloud Hypervisor does."""
+    fd = os.open("/disk", os.O_RDONLY)
+    lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, len(whole), 0)
+    fcntl.fcntl(fd, F_OFD_SETLK, lock)
+    with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+        assert mapped[:] == whole
+    assert os.pread(fd, len(whole), 0) == whole
