@@ -114,6 +114,9 @@ def test_what_is_refused(node: Node, cli: Cli, snapshot):
     cli.fails(4, "detach", "0" * 64)
     cli.fails(4, "detach", "../..")
     cli.fails(4, "info", "1234567")
+    assert "maps a file" in cli.fails(
+        2, "attach", "--via", "ublk", "--format", "firecracker-pmem", snapshot
+    )
 
 
 def test_without_a_daemon_one_is_started(cli: Cli, snapshot):

@@ -6,6 +6,7 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -69,26 +70,28 @@ def right(walk: str) -> bool:
 
 def run_at_once(vm: Vm, remote: str) -> list[str]:
     """What guests that all read the whole snapshot printed."""
-    started = [start(vm, remote) for _ in range(GUESTS)]
+    with ExitStack() as stack:
+        started = [stack.enter_context(walking(vm, remote)) for _ in range(GUESTS)]
+        return [finish(stack, vm, remote, process) for process in started]
+
+
+@contextmanager
+def walking(vm: Vm, remote: str) -> Iterator[subprocess.Popen]:
+    process = vm.start(HTTP, "--prefetch", "off", remote, "--", WALK)
     try:
-        return [finish(vm, remote, process) for process in started]
+        yield process
     finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+        process.kill()
+        process.communicate()
 
 
-def start(vm: Vm, remote: str) -> subprocess.Popen:
-    return vm.start(HTTP, "--prefetch", "off", remote, "--", WALK)
-
-
-def finish(vm: Vm, remote: str, process: subprocess.Popen) -> str:
-    """What it printed; a boot that the emulator failed is repeated, which fetches nothing new either."""
+def finish(stack: ExitStack, vm: Vm, remote: str, process: subprocess.Popen) -> str:
+    """What it printed. A boot that the emulator failed is repeated, which fetches nothing anew."""
     for _ in range(BOOT_TRIES):
         out, err = process.communicate(timeout=150)
         if not emulator_failed(process.returncode, err.decode()):
             break
-        process = start(vm, remote)
+        process = stack.enter_context(walking(vm, remote))
     assert process.returncode == 0, err
     return out.decode()
 
