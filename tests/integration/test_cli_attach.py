@@ -140,19 +140,21 @@ def test_a_jailed_process_of_another_user_reads_it(node: Node, cli: Cli, snapsho
     """As Firecracker's jailer has it: a bind mount below a chroot, and no privileges."""
     path = Path(cli("attach", snapshot).out.strip())
     whole, jail = path.read_bytes(), tmp_path / "jail"
+    inside = jail / path.name  # under the same name: `detach` finds users by it
     jail.mkdir()
-    (jail / "disk").touch()
-    linux.mount(str(path), jail / "disk", "none", MountFlag.BIND)
+    inside.touch()
+    linux.mount(str(path), inside, "none", MountFlag.BIND)
     try:
-        assert in_jail(jail, lambda: read_as_vmms(whole)) == 0
-        with path.open("rb") as file:
+        assert in_jail(jail, lambda: read_as_vmms(f"/{path.name}", whole)) == 0
+        with inside.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert str(os.getpid()) in cli.fails(10, "detach", path)
         node.kill(node.server())
-        assert in_jail(jail, lambda: read_as_vmms(whole)) == 0
-        assert in_jail(jail, lambda: os.open("/disk", os.O_RDWR)) == JAIL_FAILED
+        assert in_jail(jail, lambda: read_as_vmms(f"/{path.name}", whole)) == 0
+        assert in_jail(jail, lambda: os.open(f"/{path.name}", os.O_RDWR)) == JAIL_FAILED
     finally:
-        linux.umount(jail / "disk", UmountFlag(0))
-    cli("detach", "--lazy", path)
+        linux.umount(inside, UmountFlag(0))
+    cli("detach", path)
 
 
 JAIL_FAILED = 9
@@ -178,9 +180,9 @@ def in_jail(root: Path, what) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def read_as_vmms(whole: bytes) -> None:
+def read_as_vmms(path: str, whole: bytes) -> None:
     """Read-only: by reads, by a shared mapping (virtio-pmem), locked as Cloud Hypervisor does."""
-    fd = os.open("/disk", os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY)
     lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, len(whole), 0)
     fcntl.fcntl(fd, F_OFD_SETLK, lock)
     with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
