@@ -212,15 +212,15 @@ class _Bench:
     def _attach_all(self) -> Sample:
         client = self._client
         places, _ = open_places(str(client.store), str(client.cache), str(client.run_dir))
-        arguments = places.mount_arguments(self._reference, Path("/"), None, False, reading(()))
+        read = reading(())
         with node_daemon(client), _sleepers(self._attachments + 1) as sleepers:
             first, *others = [ProcessId.of(pid) for pid in sleepers]
-            node_client.attach(*arguments[:2], process=first)
+            places.attach(self._reference, None, read, process=first)
             before = self._daemon()
             times = []
             for process in others:
                 begin = time.perf_counter()
-                node_client.attach(*arguments[:2], process=process)
+                places.attach(self._reference, None, read, process=process)
                 times.append(time.perf_counter() - begin)
             (attached,) = node_client.daemon_call(client.run_dir, "attachments")
             memory = self._daemon() - before

@@ -139,6 +139,11 @@ def run(
     wanted = _wanted(**{name: flags.pop(name) for name in _MACHINE_NAMES})
     if wanted.dax and via == "ublk":
         raise InvalidArgument("--dax maps a file, not a disk", hint="leave out --via ublk")
+    if wanted.dax and trace is not None:
+        raise InvalidArgument(
+            "--trace records what a guest reads; with --dax pages are mapped around it, too",
+            hint="record without --dax",
+        )
     if trace is not None:
         read = reading((), image_config=True)
     else:

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from imgsnap.errors import ImgsnapError, InvalidArgument, ResourceExhausted, Unsupported
 from imgsnap.mount.container import Command
-from imgsnap.units import MIB
+from imgsnap.units import BLOCK_SIZE, MIB
 from imgsnap.vm import initramfs, kvm
 from imgsnap.vm.kernel import BASE, DAX, NETWORK, SCRATCH, GuestKernel, find_kernel
 from imgsnap.vm.launcher import launcher
@@ -33,6 +33,7 @@ MEMORY_MIN_MIB = 128
 SCRATCH_MIN = 16 * MIB
 KVM_START_S = 10.0
 """From QEMU's start to the guest's init under KVM: a second where KVM works."""
+_STRUCT_PAGE = 64
 _QEMU = "qemu-system-x86_64"
 _LAUNCH = "launch"
 
@@ -117,6 +118,17 @@ def _check_size(wanted: Wanted) -> None:
         )
 
 
+def _check_mapped(wanted: Wanted, disk: Path) -> None:
+    """The guest's kernel keeps a struct page, 64 bytes, for each page that is mapped into it."""
+    least = MEMORY_MIN_MIB + disk.stat().st_size // BLOCK_SIZE * _STRUCT_PAGE // MIB
+    if wanted.memory_mib < least:
+        raise InvalidArgument(
+            f"a guest needs {least} MiB of memory to map this snapshot; "
+            f"{wanted.memory_mib} are too little",
+            hint=f"give it --memory {least}MiB or more, or leave out --dax",
+        )
+
+
 def _available_mib() -> int | None:
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
@@ -158,8 +170,11 @@ def run(
     what happened.
 
     What the command prints goes to `output`; a command with a terminal has standard input's.
-    Raises GuestStopped, OutOfTime, OSError, and what building the network raises.
+    Raises GuestStopped, OutOfTime, OSError, InvalidArgument for a guest that is too small to map
+    the disk, and what building the network raises.
     """
+    if wanted.dax:
+        _check_mapped(wanted, disk)
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(prefix="imgsnap-vm-")))
         network = stack.enter_context(guest_network()) if wanted.network else None

@@ -128,3 +128,5 @@ def test_what_cannot_be_mapped(vm: Vm) -> None:
     kernel = ["--kernel", vm.kit.kernel, "--modules", vm.kit.modules]
     said = vm.fails(2, *kernel, "--dax", "--via", "ublk", "store:absent")
     assert "--dax maps a file" in said
+    trace = vm.cli.root / "trace.json"
+    assert "--trace" in vm.fails(2, *kernel, "--dax", "--trace", trace, "store:absent")

@@ -92,3 +92,12 @@ def test_sizes_are_checked() -> None:
         run._check_size(run.Wanted(memory_mib=1 << 40))
     with pytest.raises(InvalidArgument, match="scratch"):
         run._check_size(run.Wanted(scratch=1))
+
+
+def test_a_mapped_disk_takes_some_of_the_guests_memory(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(8 << 30)
+    run._check_mapped(run.Wanted(memory_mib=256), path)
+    with pytest.raises(InvalidArgument, match="256 MiB"):
+        run._check_mapped(run.Wanted(memory_mib=255), path)
