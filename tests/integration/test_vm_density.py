@@ -2,11 +2,13 @@
 
 import hashlib
 import io
+import json
 import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 
@@ -130,3 +132,48 @@ def test_what_cannot_be_mapped(vm: Vm) -> None:
     assert "--dax maps a file" in said
     trace = vm.cli.root / "trace.json"
     assert "--trace" in vm.fails(2, *kernel, "--dax", "--trace", trace, "store:absent")
+
+
+@pytest.mark.parametrize(("name", "machine"), [("qemu", "q35"), ("qemu-microvm", "microvm")])
+def test_qemu_takes_the_printed_options_any_number_of_times(
+    vm: Vm, tmp_path, name: str, machine: str
+) -> None:
+    write_layout(tmp_path / "image", image(program_tar()))
+    vm.cli.convert(f"oci:{tmp_path}/image", "store:app")
+    words = vm.cli("attach", "store:app", "--format", name).out.split()
+    path = vm.cli("attach", "store:app").out.strip()
+    command = [vm.kit.qemu, "-M", machine, "-accel", "tcg", "-S", "-nodefaults", "-display", "none"]
+    with ExitStack() as stack:
+        running = [stack.enter_context(Qmp([*command, *words])) for _ in range(2)]
+        for qemu in running:
+            (block,) = qemu.ask("query-block")
+            assert block["inserted"]["node-name"] == "rootfs" and block["inserted"]["ro"]
+            assert block["inserted"]["file"] == path and block["qdev"]
+    vm.cli("detach", path)
+
+
+class Qmp:
+    """A QEMU that is asked over its control protocol (docs/interop/qmp-spec.rst)."""
+
+    def __init__(self, command: list[str]) -> None:
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen([*command, "-qmp", "stdio"], stdin=pipe, stdout=pipe)
+
+    def __enter__(self) -> "Qmp":
+        assert "QMP" in self._line()
+        self.ask("qmp_capabilities")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def ask(self, what: str) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"execute": what}).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._line()["return"]
+
+    def _line(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline() or b"{}")

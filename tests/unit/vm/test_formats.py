@@ -22,6 +22,11 @@ def test_the_command_line_offers_them_all() -> None:
     assert cmd_attach.MAPPED == MAPPED
 
 
+def test_the_page_describes_them_all() -> None:
+    page = (Path(__file__).parents[3] / "docs/vmm.md").read_text()
+    assert all(f"`{name}`" in page for name in FORMATS)
+
+
 @pytest.mark.parametrize(
     ("name", "schema"), [("firecracker", "Drive"), ("firecracker-pmem", "Pmem")]
 )
