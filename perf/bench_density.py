@@ -56,10 +56,12 @@ KIT = ROOT / ".guest-kit"
 def main() -> None:
     found = parser(__doc__, runs=1)
     found.add_argument("--image", default=IMAGE, help=f"of the corpus [{IMAGE}]")
-    found.add_argument("--vms", type=int, default=20, help="at once [20]")
+    found.add_argument("--vms", type=int, default=20, help="at once, 2 or more [20]")
     found.add_argument("--memory", default="128MiB", help="of each guest [128MiB]")
     found.add_argument("--attachments", type=int, default=500, help="[500]")
     arguments = found.parse_args()
+    if arguments.vms < 2 or arguments.attachments < 1:
+        found.error("at least two guests and one attachment")
     if os.geteuid() != 0:
         raise skip("needs root")
     if shutil.which("fincore") is None:
@@ -106,6 +108,10 @@ def _figures(report: Report, arguments: argparse.Namespace) -> None:
     report.figure("… its end", report.median("attachments", "release"), "s", "", None)
     per_attachment = report.median("attachments", "daemon_each")
     report.figure("memory per attachment", per_attachment, "B", "", None)
+    requests = report.median("attachments", "requests_each")
+    report.figure("requests per attachment", requests, "", "", None)
+    blobs = report.median("attachments", "blob_gets")
+    report.figure("GETs of blobs, all attachments", blobs, "", "", None)
 
 
 _TEXTS = {
@@ -217,6 +223,7 @@ class _Bench:
             first, *others = [ProcessId.of(pid) for pid in sleepers]
             places.attach(self._reference, None, read, process=first)
             before = self._daemon()
+            mark = self._registry.mark()
             times = []
             for process in others:
                 begin = time.perf_counter()
@@ -224,6 +231,7 @@ class _Bench:
                 times.append(time.perf_counter() - begin)
             (attached,) = node_client.daemon_call(client.run_dir, "attachments")
             memory = self._daemon() - before
+            asked = self._registry.since(mark)
             ends = []
             for process in (first, *others):
                 begin = time.perf_counter()
@@ -237,6 +245,8 @@ class _Bench:
             "attach_max": max(times),
             "release": statistics.median(ends),
             "daemon_each": memory / len(others),
+            "requests_each": asked["requests"] / len(others),
+            "blob_gets": asked["blob_gets"],
         }
 
 
