@@ -119,8 +119,9 @@ def _check_size(wanted: Wanted) -> None:
 
 
 def _check_mapped(wanted: Wanted, disk: Path) -> None:
-    """The guest's kernel keeps a struct page, 64 bytes, for each page that is mapped into it: at most
-    half of its memory is to go there."""
+    """The guest's kernel keeps a struct page, 64 bytes, for each page that is mapped into it.
+
+    At most half of its memory may go there. Raises InvalidArgument."""
     least = 2 * (disk.stat().st_size // BLOCK_SIZE * _STRUCT_PAGE) // MIB
     if wanted.memory_mib < least:
         raise InvalidArgument(
