@@ -19,7 +19,9 @@ from imgsnap_cli.places import (
 )
 from imgsnap_cli.settings import Settings
 
-VMMS = ("qemu", "qemu-microvm", "firecracker", "firecracker-pmem", "cloud-hypervisor", "kata")
+MAPPED = ("firecracker-pmem", "cloud-hypervisor-pmem")
+"""As `imgsnap.vm.formats.MAPPED`."""
+VMMS = ("qemu", "qemu-microvm", "firecracker", "cloud-hypervisor", *MAPPED, "kata")
 """As `imgsnap.vm.formats.FORMATS` has them."""
 UBLK_ID_MAX = (1 << 20) - 1
 """Of a device's minor number."""
@@ -68,6 +70,8 @@ def command(
     """
     if ublk_id is not None and via != "ublk":
         raise InvalidArgument("--ublk-id is for --via ublk")
+    if format_ in MAPPED and via == "ublk":
+        raise InvalidArgument(f"{format_} maps a file, not a disk", hint="leave out --via ublk")
     places = Places(settings, flags)
     read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate)
     found = places.attach(ref, platform, read, via=via, number=ublk_id)

@@ -68,17 +68,13 @@ _MACHINE = (
     click.option(
         "--root-hash", metavar="HEX", help="Take only a snapshot with this dm-verity root hash"
     ),
+    click.option(
+        "--dax", is_flag=True, help="Map the snapshot into the guest; it must be cached whole"
+    ),
 )
 _MACHINE_NAMES = (
-    "memory",
-    "cpus",
-    "kernel",
-    "modules",
-    "net",
-    "scratch",
-    "timeout",
-    "emulate",
-    "root_hash",
+    *("memory", "cpus", "kernel", "modules", "net", "scratch", "timeout", "emulate"),
+    *("root_hash", "dax"),
 )
 
 
@@ -113,6 +109,13 @@ def command() -> None:
     type=click.Path(path_type=Path),
     help="Write when what happened and what was fetched, as JSON",
 )
+@click.option(
+    "--via",
+    type=click.Choice(["fuse", "ublk"]),
+    default="fuse",
+    show_default=True,
+    help="What QEMU opens: a file, or a disk /dev/ublkbN",
+)
 @boot_pack_option
 @platform_option
 @reading_flags
@@ -125,6 +128,7 @@ def run(
     cmd: tuple[str, ...],
     trace: Path | None,
     report: Path | None,
+    via: str,
     boot_pack: str | None,
     platform: str | None,
     prefetch: str,
@@ -141,12 +145,19 @@ def run(
     block it reads; what is not right is an I/O error.
     """
     wanted = _wanted(**{name: flags.pop(name) for name in _MACHINE_NAMES})
+    if wanted.dax and via == "ublk":
+        raise InvalidArgument("--dax maps a file, not a disk", hint="leave out --via ublk")
+    if wanted.dax and trace is not None:
+        raise InvalidArgument(
+            "--trace records what a guest reads; with --dax pages are mapped around it, too",
+            hint="record without --dax",
+        )
     if trace is not None:
         read = reading((), image_config=True)
     else:
         read = reading(boot_pack_names(boot_pack), prefetch, prefetch_rate, image_config=True)
     signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))  # a closed terminal
-    return _Run(settings, Places(settings, flags), ref, platform).run(
+    return _Run(settings, Places(settings, flags), ref, platform, via).run(
         wanted, cmd, read, trace, report
     )
 
@@ -161,6 +172,7 @@ def _wanted(
     timeout: float | None,
     emulate: bool,
     root_hash: str | None,
+    dax: bool,
 ) -> "Wanted":
     """The machine's options as the library has them. Raises InvalidArgument."""
     from imgsnap.vm.run import Wanted
@@ -176,17 +188,21 @@ def _wanted(
         limit_s=timeout,
         emulate=emulate,
         root_hash=None if root_hash is None else check_root_hash(root_hash),
+        dax=dax,
     )
 
 
 class _Run:
     """One run of a snapshot."""
 
-    def __init__(self, settings: Settings, places: Places, ref: str, platform: str | None) -> None:
+    def __init__(
+        self, settings: Settings, places: Places, ref: str, platform: str | None, via: str
+    ) -> None:
         self._settings = settings
         self._places = places
         self._ref = ref
         self._platform = platform
+        self._via = via
 
     def run(
         self,
@@ -211,6 +227,8 @@ class _Run:
             root = verified_root(config, wanted.root_hash)
             if root is not None:
                 tools = run.with_verity(tools, wanted)
+            if wanted.dax:
+                self._check_mappable(digest, verified=root is not None)
             command = _command(config, image_config, files_on(disk, root), cmd)
             status = run.run(tools, wanted, disk, root, command, state, _say, line, _print)
             if trace is not None:
@@ -227,7 +245,7 @@ class _Run:
 
         me = ProcessId.of(os.getpid())
         stack.callback(release, self._settings.run, me)
-        attached = self._places.attach(self._ref, self._platform, read, process=me)
+        attached = self._places.attach(self._ref, self._platform, read, process=me, via=self._via)
         if alone:
             known = daemon_call(self._settings.run, "attachments")
             users = next(item["users"] for item in known if item["id"] == attached["id"])
@@ -237,6 +255,22 @@ class _Run:
                     hint="detach it first; imgsnap attachments lists what is attached",
                 )
         return attached
+
+    def _check_mappable(self, digest: str, *, verified: bool) -> None:
+        """A page that cannot be fetched would end the guest. What is attached is not evicted."""
+        if verified:
+            raise Unsupported(
+                "--dax would go past dm-verity, and the snapshot has a hash tree",
+                hint="leave out --dax, or convert the image without --verity",
+            )
+        with ExitStack() as stack:
+            snapshot = self._places.snapshot(stack, self._ref, None, digest)
+            reader = stack.enter_context(self._places.block_reader(snapshot))
+            if not reader.local:
+                raise Unsupported(
+                    "--dax takes snapshots that are in the node's cache as a whole",
+                    hint=f"fetch it first: imgsnap warm {self._ref}",
+                )
 
     def _write_report(self, path: Path, attachment_id: str, status: int, line: "TimeLine") -> None:
         from imgsnap.node.client import statistics_of_attachment

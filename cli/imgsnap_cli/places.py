@@ -193,13 +193,16 @@ class Places:
         options.connection_options()  # refused here, where the user sees it at once
         return options
 
-    def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
-        """The snapshot that a reference names, through the node cache."""
+    def snapshot(
+        self, stack: ExitStack, text: str, platform: str | None, digest: str | None = None
+    ) -> "Snapshot":
+        """The snapshot that a reference names, or that has `digest`, through the node cache."""
         from imgsnap.blockstore.snapshot import open_snapshot
 
         repository, reference = self.reader(stack, text)
         cache = node_cache(self._settings)
-        snapshot = open_snapshot(repository, reference, cache, platform=_platform(platform))
+        found = digest or reference
+        snapshot = open_snapshot(repository, found, cache, platform=_platform(platform))
         stack.callback(snapshot.close)
         return snapshot
 

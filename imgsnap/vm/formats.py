@@ -1,7 +1,8 @@
 """An attached device in the words of each VMM. Text only: nothing is started here.
 
 Sources: qemu-options.hx; Firecracker's src/firecracker/swagger/firecracker.yaml (Drive, Pmem);
-Cloud Hypervisor's vmm/src/config.rs; Kata's docs/design/direct-blk-device-assignment.md.
+Cloud Hypervisor's vmm/src/config.rs; Kata's docs/design/direct-blk-device-assignment.md. They are
+held against those by tests/golden/vmm-apis.json.
 """
 
 import json
@@ -51,10 +52,19 @@ def cloud_hypervisor(path: Path) -> str:
     return f"--disk path={_plain(path, 'Cloud Hypervisor')},readonly=on,image_type=raw,id={ID}"
 
 
+def cloud_hypervisor_pmem(path: Path) -> str:
+    """Options; without `discard_writes` it opens the file for writing. As `firecracker_pmem`, the
+    file has to be complete in the node's cache."""
+    return f"--pmem file={_plain(path, 'Cloud Hypervisor')},discard_writes=on,id={ID}"
+
+
 def kata(path: Path) -> str:
-    """The argument of `kata-runtime direct-volume add --mount-info`."""
+    """What `kata-ctl direct-volume add` and `kata-runtime direct-volume add --mount-info` take.
+
+    Kata's runtime in Rust takes no other type than "directvol"; that in Go does not look at it.
+    """
     return _json(
-        {"volume-type": "block", "device": str(path), "fstype": "erofs", "options": ["ro"]}
+        {"volume-type": "directvol", "device": str(path), "fstype": "erofs", "options": ["ro"]}
     )
 
 
@@ -64,9 +74,12 @@ FORMATS: Mapping[str, Callable[[Path], str]] = {
     "firecracker": firecracker,
     "firecracker-pmem": firecracker_pmem,
     "cloud-hypervisor": cloud_hypervisor,
+    "cloud-hypervisor-pmem": cloud_hypervisor_pmem,
     "kata": kata,
 }
 """By the name that `imgsnap attach --format` has for it. Each raises InvalidArgument."""
+MAPPED = ("firecracker-pmem", "cloud-hypervisor-pmem")
+"""Those that map a file: a disk has no size for them."""
 
 
 def _plain(path: Path, vmm: str) -> str:

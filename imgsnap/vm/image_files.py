@@ -26,7 +26,7 @@ class _Disk:
 
 def _device(fd: int, root: VerifiedRoot | None) -> BlockSource:
     if root is None:
-        return _Disk(fd, os.fstat(fd).st_size)
+        return _Disk(fd, os.lseek(fd, 0, os.SEEK_END))  # stat(2) has none for a block device
     return VerifiedDevice(fd, root.layout.data_blocks, root.root_hash)
 
 

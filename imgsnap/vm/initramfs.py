@@ -18,8 +18,8 @@ _ALIGNMENT = 4
 _SIZE_MAX = 0xFFFF_FFFF
 """Numbers are eight hexadecimal digits."""
 _APPLETS = (
-    "base64", "cat", "chmod", "chown", "chroot", "dmesg", "insmod", "ip", "ln", "ls", "mkdir",
-    "mount", "reboot", "rm", "setsid", "sh", "sleep", "stat", "stty", "sync", "umount",
+    "base64", "cat", "chmod", "chown", "chroot", "dmesg", "grep", "insmod", "ip", "ln", "ls",
+    "mkdir", "mount", "reboot", "rm", "setsid", "sh", "sleep", "stat", "stty", "sync", "umount",
 )  # fmt: skip
 _DIRECTORIES = ("bin", "dev", "etc", "mnt", "modules", "new", "proc", "sys")
 _ELF_MAGIC = b"\x7fELF"

@@ -19,6 +19,12 @@ BASE: Mapping[str, str] = {
     "overlay": "CONFIG_OVERLAY_FS",
 }
 """What every guest needs: modules, and the options that make them."""
+DAX: Mapping[str, str] = {
+    "virtio_pci": "CONFIG_VIRTIO_PCI",
+    "virtio_pmem": "CONFIG_VIRTIO_PMEM",
+    "nd_pmem": "CONFIG_BLK_DEV_PMEM",
+}
+"""For a snapshot that is mapped into the guest. CONFIG_FS_DAX is no module: init looks for it."""
 NETWORK: Mapping[str, str] = {"virtio_net": "CONFIG_VIRTIO_NET"}
 SCRATCH: Mapping[str, str] = {"ext4": "CONFIG_EXT4_FS"}
 VERITY: Mapping[str, str] = {

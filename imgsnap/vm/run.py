@@ -19,10 +19,11 @@ from tempfile import TemporaryDirectory
 
 from imgsnap.errors import ImgsnapError, InvalidArgument, ResourceExhausted, Unsupported
 from imgsnap.mount.container import Command
-from imgsnap.units import MIB
+from imgsnap.units import BLOCK_SIZE, MIB
 from imgsnap.vm import initramfs, kvm
 from imgsnap.vm.kernel import (
     BASE,
+    DAX,
     FASTER_VERITY,
     NETWORK,
     SCRATCH,
@@ -42,6 +43,7 @@ MEMORY_MIN_MIB = 128
 SCRATCH_MIN = 16 * MIB
 KVM_START_S = 10.0
 """From QEMU's start to the guest's init under KVM: a second where KVM works."""
+_STRUCT_PAGE = 64
 _QEMU = "qemu-system-x86_64"
 _LAUNCH = "launch"
 
@@ -61,6 +63,7 @@ class Wanted:
     limit_s: float | None = None  # for boot and command
     emulate: bool = False  # even where KVM works
     root_hash: str | None = None  # hex; the guest takes no snapshot but one with this
+    dax: bool = False  # map the disk into the guest; all its bytes must be local
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ def with_verity(tools: Tools, wanted: Wanted) -> Tools:
 
 def _kernel(wanted: Wanted, *, verity: bool) -> GuestKernel:
     needed = dict(BASE)
+    needed |= DAX if wanted.dax else {}
     needed |= NETWORK if wanted.network else {}
     needed |= SCRATCH if wanted.scratch is not None else {}
     needed |= VERITY if verity else {}
@@ -133,6 +137,19 @@ def _check_size(wanted: Wanted) -> None:
     if wanted.scratch is not None and wanted.scratch < SCRATCH_MIN:
         raise InvalidArgument(
             "the scratch disk is too small", hint=f"it needs {SCRATCH_MIN // MIB}MiB or more"
+        )
+
+
+def _check_mapped(wanted: Wanted, disk: Path) -> None:
+    """The guest's kernel keeps a struct page, 64 bytes, for each page that is mapped into it.
+
+    At most half of its memory may go there. Raises InvalidArgument."""
+    least = 2 * (disk.stat().st_size // BLOCK_SIZE * _STRUCT_PAGE) // MIB
+    if wanted.memory_mib < least:
+        raise InvalidArgument(
+            f"a guest needs {least} MiB of memory to map this snapshot; "
+            f"{wanted.memory_mib} are too little",
+            hint=f"give it --memory {least}MiB or more, or leave out --dax",
         )
 
 
@@ -178,15 +195,18 @@ def run(
     guest verifies each block by its hash. `line` is told when what happened.
 
     What the command prints goes to `output`; a command with a terminal has standard input's.
-    Raises GuestStopped, IntegrityError for a disk that the guest refuses, OutOfTime, OSError, and
-    what building the network raises.
+    Raises GuestStopped, IntegrityError for a disk that the guest refuses, OutOfTime, OSError,
+    InvalidArgument for a guest that is too small to map the disk, and what building the network
+    raises.
     """
+    if wanted.dax:
+        _check_mapped(wanted, disk)
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(prefix="imgsnap-vm-")))
         network = stack.enter_context(guest_network()) if wanted.network else None
         scratch = _scratch_disk(work, wanted.scratch) if wanted.scratch is not None else None
         hardware = _hardware(tools, wanted, disk, scratch, network)
-        boot = _boot(tools, work, root, command, scratch, network)
+        boot = _boot(tools, work, root, command, hardware, network)
         prefix = network.command_prefix if network else []
         if network:
             say(f"the guest is {network.guest}, this machine {network.host}")
@@ -211,11 +231,17 @@ def _deadline(wanted: Wanted, line: TimeLine) -> float:
 def _hardware(
     tools: Tools, wanted: Wanted, disk: Path, scratch: Path | None, network: Network | None
 ) -> Hardware:
-    drives = [Drive(disk)]
+    drives = [] if wanted.dax else [Drive(disk)]
     if scratch is not None:
         drives.append(Drive(scratch, read_only=False))
-    tap = TAP if network else None
-    return Hardware(tools.accelerator, wanted.memory_mib, wanted.cpus, tuple(drives), tap)
+    return Hardware(
+        tools.accelerator,
+        wanted.memory_mib,
+        wanted.cpus,
+        tuple(drives),
+        pmem=disk if wanted.dax else None,
+        tap=TAP if network else None,
+    )
 
 
 def _boot(
@@ -223,7 +249,7 @@ def _boot(
     work: Path,
     root: VerifiedRoot | None,
     command: Command,
-    scratch: Path | None,
+    hardware: Hardware,
     network: Network | None,
 ) -> Boot:
     programs = [initramfs.file(_LAUNCH, launcher(command), executable=True)]
@@ -232,8 +258,10 @@ def _boot(
     data = initramfs.guest(tools.busybox, tools.kernel.modules, programs)
     path = write_initramfs(work, data)
     parameters = network.parameters if network else []
-    if scratch is not None:
-        parameters.append("imgsnap.scratch=/dev/vdb")
+    if hardware.pmem is not None:
+        parameters.append("imgsnap.dax=/dev/pmem0")
+    if any(not drive.read_only for drive in hardware.drives):
+        parameters.append("imgsnap.scratch=/dev/" + ("vda" if hardware.pmem else "vdb"))
     return Boot(tools.kernel.image, path, tuple(parameters))
 
 

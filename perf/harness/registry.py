@@ -37,7 +37,7 @@ class Registry:
         return self.log.stat().st_size
 
     def since(self, mark: int) -> dict[str, int]:
-        """GETs, all requests and bytes of bodies that were answered after the mark."""
+        """GETs, those of blobs, all requests and bytes of bodies, answered after the mark."""
         self._settle()
         with self.log.open("rb") as file:
             file.seek(mark)
@@ -45,6 +45,7 @@ class Registry:
         return {
             "requests": len(found),
             "gets": sum(method == "GET" for method, *_ in found),
+            "blob_gets": sum(method == "GET" and "/blobs/" in path for method, path, *_ in found),
             "body_bytes": sum(int(size) for *_, size in found),
         }
 

@@ -1,7 +1,11 @@
 """`imgsnap attach`: a snapshot as a file for VMMs."""
 
+import errno
+import fcntl
 import json
+import mmap
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,8 @@ from tests.support.samples import many_files, noise
 pytestmark = pytest.mark.root
 
 FILES, SIZE = 8, 300_000
+F_OFD_SETLK = 37
+"""include/uapi/asm-generic/fcntl.h; Python's fcntl has no such name."""
 
 
 @pytest.fixture
@@ -108,6 +114,9 @@ def test_what_is_refused(node: Node, cli: Cli, snapshot):
     cli.fails(4, "detach", "0" * 64)
     cli.fails(4, "detach", "../..")
     cli.fails(4, "info", "1234567")
+    assert "maps a file" in cli.fails(
+        2, "attach", "--via", "ublk", "--format", "firecracker-pmem", snapshot
+    )
 
 
 def test_without_a_daemon_one_is_started(cli: Cli, snapshot):
@@ -125,3 +134,57 @@ def test_a_disk_without_the_driver(node: Node, cli: Cli, snapshot):
     assert "no ublk driver" in said and "CONFIG_BLK_DEV_UBLK" in said and "--via fuse" in said
     cli.fails(2, "attach", "--ublk-id", "3", snapshot, hint=False)
     assert cli("attachments", "--format", "json").json["attachments"] == []
+
+
+def test_a_jailed_process_of_another_user_reads_it(node: Node, cli: Cli, snapshot, tmp_path):
+    """As Firecracker's jailer has it: a bind mount below a chroot, and no privileges."""
+    path = Path(cli("attach", snapshot).out.strip())
+    whole, jail = path.read_bytes(), tmp_path / "jail"
+    inside = jail / path.name  # under the same name: `detach` finds users by it
+    jail.mkdir()
+    inside.touch()
+    linux.mount(str(path), inside, "none", MountFlag.BIND)
+    try:
+        assert in_jail(jail, lambda: read_as_vmms(f"/{path.name}", whole)) == 0
+        with inside.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert str(os.getpid()) in cli.fails(10, "detach", path)
+        node.kill(node.server())
+        assert in_jail(jail, lambda: read_as_vmms(f"/{path.name}", whole)) == 0
+        assert in_jail(jail, lambda: os.open(f"/{path.name}", os.O_RDWR)) == JAIL_FAILED
+    finally:
+        linux.umount(inside, UmountFlag(0))
+    cli("detach", path)
+
+
+JAIL_FAILED = 9
+NOBODY = 54321
+
+
+def in_jail(root: Path, what) -> int:
+    """Runs it in a process of nobody's whose root is `root`; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.chroot(root)
+            os.chdir("/")
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            what()
+        except OSError as error:
+            os._exit(JAIL_FAILED if error.errno in (errno.EACCES, errno.EROFS) else 1)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def read_as_vmms(path: str, whole: bytes) -> None:
+    """Read-only: by reads, by a shared mapping (virtio-pmem), locked as Cloud Hypervisor does."""
+    fd = os.open(path, os.O_RDONLY)
+    lock = struct.pack("hhqqi4x", fcntl.F_RDLCK, os.SEEK_SET, 0, len(whole), 0)
+    fcntl.fcntl(fd, F_OFD_SETLK, lock)
+    with mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ) as mapped:
+        assert mapped[:] == whole
+    assert os.pread(fd, len(whole), 0) == whole

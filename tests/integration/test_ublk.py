@@ -78,6 +78,7 @@ def test_a_mounted_disk_has_the_images_files(guest: Guest) -> None:
         "daemon_killed_whole",
         "number_taken",
         "not_root",
+        "a_jails_node_of_another_user",
         "stop_takes_disks_away",
         "no_driver",  # last: it removes it
     ],

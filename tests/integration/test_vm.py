@@ -322,14 +322,26 @@ def test_what_is_refused_before_anything_is_attached(vm: Vm, tmp_path: Path) -> 
 
 
 def test_kernels_that_lack_something_are_refused_before_the_boot(vm: Vm, tmp_path: Path) -> None:
-    modules = tmp_path / "modules"
+    modules, absent = tmp_path / "modules", "store:absent"
     (modules / "kernel").mkdir(parents=True)
     for path in vm.kit.modules.resolve().rglob("*.ko*"):
-        if not path.name.startswith(("erofs", "virtio_blk")):
+        if not path.name.startswith(("erofs", "virtio_blk", "virtio_pmem")):
             (modules / "kernel" / path.name).symlink_to(path)
     (modules / "modules.builtin").write_bytes((vm.kit.modules / "modules.builtin").read_bytes())
-    said = vm.fails(8, "--kernel", vm.kit.kernel, "--modules", modules, "store:absent")
+    said = vm.fails(8, "--kernel", vm.kit.kernel, "--modules", modules, absent)
     assert "CONFIG_EROFS_FS" in said and "CONFIG_VIRTIO_BLK" in said
+    assert "CONFIG_VIRTIO_PMEM" not in said, "--dax alone needs it"
+    said = vm.fails(8, "--kernel", vm.kit.kernel, "--modules", modules, "--dax", absent)
+    assert "CONFIG_VIRTIO_PMEM" in said
+
+
+@pytest.mark.skipif(Path("/dev/ublk-control").exists(), reason="this kernel has the driver")
+def test_a_disk_without_the_driver_is_refused(vm: Vm, tmp_path: Path) -> None:
+    write_layout(tmp_path / "image", image(program_tar(), run=RUN))
+    vm.cli.convert(f"oci:{tmp_path}/image", "store:app")
+    said = vm.fails(8, *kernel_of(vm), "--via", "ublk", "store:app")
+    assert "no ublk driver" in said and "--via fuse" in said
+    assert vm.left() == []
 
 
 def test_an_image_for_another_architecture_is_refused(vm: Vm, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import mmap
 import os
 import random
 import signal
+import stat
 import sys
 import threading
 import time
@@ -319,6 +320,26 @@ def not_root() -> None:
             os._exit(0 if "fuse" in str(error.hint) else 2)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def a_jails_node_of_another_user() -> None:
+    """As Firecracker's jailer has devices: mknod below a chroot, owned by who may open it."""
+    jail, user, wanted = Path("/tmp/jail"), 54321, MODELS[APP].read_bytes()
+    jail.mkdir()
+    with attached(APP) as disk:
+        os.mknod(jail / "disk", stat.S_IFBLK | 0o400, disk.stat().st_rdev)
+        os.chown(jail / "disk", user, user)
+        pid = os.fork()
+        if pid == 0:
+            os.chroot(jail)
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+            same = Path("/disk").read_bytes() == wanted
+            os._exit(0 if same else 1)
+        assert os.waitpid(pid, 0)[1] == 0
+    (jail / "disk").unlink()
+    jail.rmdir()
 
 
 def stop_takes_disks_away() -> None:

@@ -42,7 +42,7 @@ class Vm:
         said."""
         for attempt in range(1, BOOT_TRIES + 1):
             result = self.cli.any(*self.arguments(*arguments), env=self.env)
-            if result.code != 6 or not any(words in result.err for words in _EMULATOR_FAILED):
+            if not emulator_failed(result.code, result.err):
                 break
             print(f"vm: boot {attempt} of {BOOT_TRIES} failed: {result.err}", file=sys.stderr)
         return result
@@ -62,6 +62,11 @@ class Vm:
         """Not that of a run that another test has going."""
         pid = int(namespace.name.split("-")[1])
         return pid in self.cli.processes() or not Path(f"/proc/{pid}").exists()
+
+
+def emulator_failed(code: int, err: str) -> bool:
+    """Whether a run ended as those do whose emulator fails by itself."""
+    return code == 6 and any(words in err for words in _EMULATOR_FAILED)
 
 
 def _is_qemu(pid: int) -> bool:

@@ -1,7 +1,7 @@
 #!/bin/sh
-# Process 1 of a guest. Mounts the snapshot (/dev/vda, EROFS; through dm-verity if there is a program
-# that sets this up) below a writable overlay and then does what the host asks for over the control
-# line, the second serial port, one line each way:
+# Process 1 of a guest. Mounts the snapshot (EROFS on /dev/vda, or with DAX on /dev/pmem0; through
+# dm-verity if there is a program that sets this up) below a writable overlay and then does what the
+# host asks for over the control line, the second serial port, one line each way:
 #
 #   guest: started                    the kernel is up
 #   guest: ready                      the root is mounted; it is at "." and at /
@@ -47,9 +47,10 @@ unreadable() { # REASON
 }
 
 # Words of the kernel's command line that begin with imgsnap. are for us.
-scratch= address= gateway=
+disk=/dev/vda options=ro scratch= address= gateway=
 for word in $(cat /proc/cmdline); do
     case $word in
+        imgsnap.dax=*) disk=${word#*=} options=ro,dax=always ;;
         imgsnap.scratch=*) scratch=${word#*=} ;;
         imgsnap.address=*) address=${word#*=} ;;
         imgsnap.gateway=*) gateway=${word#*=} ;;
@@ -81,15 +82,18 @@ if [ -n "$address" ]; then
         ip route add default via "$gateway" 2>&1) || failed "the network: $said"
 fi
 
-disk=/dev/vda
-wait_for $disk
+wait_for "$disk"
 if [ -e /verity ]; then
     said=$(/verity 2>&1) || failed "dm-verity: $said"
     disk=/dev/dm-0
     wait_for $disk
 fi
 mkdir -p /mnt/image /mnt/upper
-said=$(mount -t erofs -o ro $disk /mnt/image 2>&1) || unreadable "mounting the snapshot: $said"
+said=$(mount -t erofs -o "$options" "$disk" /mnt/image 2>&1) ||
+    unreadable "mounting the snapshot: $said"
+# A kernel that cannot map files mounts it all the same, without.
+[ "$options" = ro ] || grep -q ' /mnt/image erofs .*dax=always' /proc/mounts ||
+    failed "the guest kernel does not map the snapshot's files: it lacks CONFIG_FS_DAX"
 if [ -n "$scratch" ]; then
     wait_for "$scratch"
     said=$(mount -t ext4 "$scratch" /mnt/upper 2>&1) || failed "mounting the scratch disk: $said"

@@ -7,16 +7,24 @@ import jsonschema
 import pytest
 
 from imgsnap.errors import InvalidArgument
-from imgsnap.vm.formats import FORMATS
+from imgsnap.vm.formats import FORMATS, MAPPED
+from imgsnap_cli import cmd_attach
 from imgsnap_cli.cmd_attach import VMMS
 
 APIS = json.loads((Path(__file__).parents[2] / "golden/vmm-apis.json").read_text())
 PATH = Path("/run/imgsnap/node/dev/1f0c.disk/layer.erofs")
+OPTIONS = ["qemu", "qemu-microvm", "cloud-hypervisor", "cloud-hypervisor-pmem"]
 HOSTILE = [Path("/run/a,readonly=off/x"), Path("/run/a b"), Path('/run/"'), Path("/run/\n")]
 
 
 def test_the_command_line_offers_them_all() -> None:
     assert set(VMMS) == set(FORMATS)
+    assert cmd_attach.MAPPED == MAPPED
+
+
+def test_the_page_describes_them_all() -> None:
+    page = (Path(__file__).parents[3] / "docs/vmm.md").read_text()
+    assert all(f"`{name}`" in page for name in FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +53,13 @@ def test_cloud_hypervisor_knows_the_options() -> None:
     assert given["image_type"] in known["image_type"]
 
 
+def test_cloud_hypervisor_maps_it_without_opening_it_for_writing() -> None:
+    option, _, text = FORMATS["cloud-hypervisor-pmem"](PATH).partition(" ")
+    given = dict(part.split("=", 1) for part in text.split(","))
+    assert option == "--pmem" and set(given) <= set(APIS["cloud-hypervisor"]["pmem"])
+    assert (given["file"], given["discard_writes"]) == (str(PATH), "on")
+
+
 def test_qemus_options_are_a_backend_and_a_device() -> None:
     words = FORMATS["qemu"](PATH).split(" ")
     assert words[0::2] == ["-blockdev", "-device"]
@@ -53,7 +68,7 @@ def test_qemus_options_are_a_backend_and_a_device() -> None:
     assert FORMATS["qemu-microvm"](PATH).split(" ")[3] == "virtio-blk-device,drive=rootfs"
 
 
-@pytest.mark.parametrize("name", ["qemu", "qemu-microvm", "cloud-hypervisor"])
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("path", HOSTILE)
 def test_a_path_that_would_be_syntax_is_refused(name: str, path: Path) -> None:
     with pytest.raises(InvalidArgument):
@@ -62,8 +77,9 @@ def test_a_path_that_would_be_syntax_is_refused(name: str, path: Path) -> None:
 
 def test_katas_mount_info() -> None:
     value = json.loads(FORMATS["kata"](PATH))
+    jsonschema.validate(value, APIS["kata"]["MountInfo"])
     assert value == {
-        "volume-type": "block",
+        "volume-type": "directvol",
         "device": str(PATH),
         "fstype": "erofs",
         "options": ["ro"],

@@ -6,6 +6,7 @@ import pytest
 
 from imgsnap.errors import InvalidArgument, ResourceExhausted
 from imgsnap.vm import kvm, run
+from imgsnap.vm.kernel import BASE, DAX
 from imgsnap.vm.qemu import Accelerator, Boot, Drive, Hardware, command_line, host_tsc_khz
 
 BOOT = Boot(Path("/boot/vmlinuz"), Path("/tmp/i.cpio"), ("imgsnap.scratch=/dev/vdb",))
@@ -27,6 +28,31 @@ def test_only_a_scratch_disk_is_writable_and_no_disk_bypasses_the_page_cache() -
     assert "imgsnap.scratch=/dev/vdb" in value_of(found, "-append").split()
     assert "ifname=tap0" in value_of(found, "-netdev")
     assert "nomodule" not in value_of(found, "-append")
+
+
+def test_a_mapped_file_is_read_only_and_has_room(tmp_path: Path) -> None:
+    path = tmp_path / "layer.erofs"
+    with path.open("wb") as file:
+        file.truncate(3 << 30)
+    scratch = (Drive(Path("/s"), read_only=False),)
+    hardware = Hardware(Accelerator.EMULATION, 256, 1, scratch, pmem=path, tap="tap0")
+    found = command_line("qemu", hardware, BOOT, 5, 6)
+    assert value_of(found, "-M") == "q35", "microvm has no PCI bus, which virtio-pmem is on"
+    backend = value_of(found, "-object").split(",")
+    assert {"share=on", "readonly=on", f"size={3 << 30}", f"mem-path={path}"} <= set(backend)
+    memory, slots, most = value_of(found, "-m").split(",")
+    assert (memory, slots) == ("256M", "slots=1")
+    assert int(most.removeprefix("maxmem=").rstrip("M")) >= 256 + (3 << 10)
+    assert not [word for word in found if word.startswith("virtio") and "-device" in word]
+
+
+def test_the_fragment_for_firecrackers_kernels_has_all_that_a_guest_needs() -> None:
+    path = Path(__file__).parents[3] / "deploy/guest-kernel/firecracker-erofs.config"
+    lines = {line for line in path.read_text().splitlines() if not line.startswith("#")}
+    needed = {*BASE.values(), *DAX.values(), "CONFIG_FS_DAX", "CONFIG_DM_VERITY"}
+    needed -= {"CONFIG_VIRTIO_PCI"}  # Firecracker's devices are on virtio-mmio
+    assert {f"{name}=y" for name in needed} <= lines
+    assert all(line.endswith("=y") for line in lines if line)
 
 
 def test_kvm_needs_no_help_with_its_clock() -> None:
@@ -66,3 +92,12 @@ def test_sizes_are_checked() -> None:
         run._check_size(run.Wanted(memory_mib=1 << 40))
     with pytest.raises(InvalidArgument, match="scratch"):
         run._check_size(run.Wanted(scratch=1))
+
+
+def test_a_mapped_disk_takes_some_of_the_guests_memory(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    with path.open("wb") as file:
+        file.truncate(8 << 30)
+    run._check_mapped(run.Wanted(memory_mib=256), path)
+    with pytest.raises(InvalidArgument, match="256 MiB"):
+        run._check_mapped(run.Wanted(memory_mib=255), path)
