@@ -1,0 +1,34 @@
+"""What is signed, and what judging a signature of it says."""
+
+from dataclasses import dataclass
+
+from imgsnap.digest import Digest
+from imgsnap.oci.manifest import parse_document
+from imgsnap.oci.repository import RawManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A manifest or index, as signatures describe it."""
+
+    digest: Digest
+    size: int
+    media_type: str
+
+    @classmethod
+    def of(cls, raw: RawManifest) -> "Target":
+        """Raises what `parse_document` raises."""
+        media_type = raw.descriptor.media_type or parse_document(raw.raw).media_type
+        return cls(raw.descriptor.digest, len(raw.raw), media_type)
+
+
+@dataclass(frozen=True, slots=True)
+class Signer:
+    """Whose signature it is: text for people, and until when it may be remembered."""
+
+    name: str  # "key sha256:…", "certificate CN=…"
+    until: float | None = None  # Unix time of the first thing that expires; None: nothing does
+
+
+class NotAccepted(Exception):
+    """Why one signature does not fulfil one requirement; others may."""
