@@ -123,8 +123,8 @@ def _check_authority(certificate: "Certificate", depth: int) -> None:
 
 
 def made(signer: "Certificate", algorithm: str, signature: bytes, message: bytes) -> bool:
-    """Whether `signature` is the signer's of `message`. Raises NotAccepted when the algorithm is not
-    the one of its key."""
+    """Whether `signature` is the signer's of `message`. Raises NotAccepted when the algorithm is
+    not the one of its key."""
     from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa

@@ -1,7 +1,8 @@
 """cosign's signatures by a key: the simple signing payload, and DSSE envelopes in Sigstore bundles.
 
 Formats: sigstore/cosign, specs/SIGNATURE_SPEC.md; sigstore/protobuf-specs, sigstore_bundle.proto
-(JSON form of v0.3); secure-systems-lab/dsse, protocol.md; in-toto/attestation, spec/v1/statement.md.
+(JSON form of v0.3); secure-systems-lab/dsse, protocol.md; in-toto/attestation,
+spec/v1/statement.md.
 Raises FormatError for what breaks its format.
 """
 
@@ -13,8 +14,8 @@ from imgsnap.errors import FormatError
 from imgsnap.oci.manifest import parse_json_object
 from imgsnap.trust import base64_text
 from imgsnap.trust.keys import public_key
-from imgsnap.trust.policy import SigstoreSigned
 from imgsnap.trust.names import Name
+from imgsnap.trust.policy import SigstoreSigned
 from imgsnap.trust.target import NotAccepted, Signer, Target
 
 PAYLOAD_SIZE_MAX = 1 << 20
@@ -46,8 +47,9 @@ class CosignSignature:
         """Who signed `target` as `name`. Raises NotAccepted, FormatError, and what `public_key`
         raises."""
         signer = self._signer(requirement.keys)
+        signed = None
         if self.bundle:
-            signed = check_statement(self.payload, target)
+            check_statement(self.payload, target)
         else:
             signed = check_simple_signing(self.payload, target)
         problem = requirement.identity.problem(name, signed)
@@ -73,7 +75,7 @@ def simple_signature(payload: bytes, annotation: str, *, keyless: bool) -> Cosig
 
 
 def bundle_signature(raw: bytes) -> CosignSignature:
-    """From a Sigstore bundle. Its log entries and timestamps are not looked at: a key needs none."""
+    """From a Sigstore bundle. Its log entries and timestamps are not looked at: keys need none."""
     value = parse_json_object(raw, record=_RECORD, size_max=PAYLOAD_SIZE_MAX)
     if value.get("mediaType") != BUNDLE:
         raise _wrong("mediaType", f"is {str(value.get('mediaType'))[:100]!r}, not {BUNDLE}")

@@ -39,7 +39,7 @@ class SigstoreSigned:
     """A signature of cosign's by one of these keys (PEM files' bytes) of such an identity."""
 
     keys: tuple[bytes, ...]
-    identity: SignedIdentity = SignedIdentity()
+    identity: SignedIdentity
 
     def to_json(self) -> dict[str, Any]:
         return {
