@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from imgsnap.digest import Digest
+from imgsnap.digest import Digest, sha256_digest
+from imgsnap.errors import DigestMismatch
 from imgsnap.oci.manifest import parse_document
 from imgsnap.oci.repository import RawManifest
 
@@ -17,9 +18,13 @@ class Target:
 
     @classmethod
     def of(cls, raw: RawManifest) -> "Target":
-        """Raises what `parse_document` raises."""
+        """Hashes it again: a local store does not. Raises DigestMismatch, and what
+        `parse_document` raises."""
+        digest = sha256_digest(raw.raw)
+        if digest != raw.descriptor.digest:
+            raise DigestMismatch("manifest", raw.descriptor.digest, digest)
         media_type = raw.descriptor.media_type or parse_document(raw.raw).media_type
-        return cls(raw.descriptor.digest, len(raw.raw), media_type)
+        return cls(digest, len(raw.raw), media_type)
 
 
 @dataclass(frozen=True, slots=True)
