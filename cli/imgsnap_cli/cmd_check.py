@@ -47,7 +47,7 @@ def command(
     directory = work_dir or settings.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(dir=directory, prefix="imgsnap-check-")))
-        snapshot = places.snapshot(stack, ref, platform)
+        snapshot = places.any_snapshot(stack, ref, platform)
         device = work / "device"
         verified = materialise(snapshot, device)
         entries, differences = _compare(places, stack, device, source, snapshot, work)

@@ -8,7 +8,7 @@ import click
 
 from imgsnap.errors import InvalidArgument, NotTrusted
 from imgsnap_cli.output import format_option, print_json, print_table
-from imgsnap_cli.places import Places, node_cache, platform_option, registry_flags
+from imgsnap_cli.places import Places, node_cache, platform_option, policy_option, registry_flags
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Show who signed a snapshot, and check it by a policy")
 @click.argument("ref")
-@click.option(
-    "--policy", metavar="FILE", type=click.Path(path_type=Path), help="To check by [IMGSNAP_POLICY]"
-)
+@policy_option
 @click.option(
     "--key",
     metavar="FILE",
@@ -35,7 +33,6 @@ def command(
     settings: Settings,
     /,
     ref: str,
-    policy: Path | None,
     key: Path | None,
     platform: str | None,
     format_: str,
@@ -52,7 +49,7 @@ def command(
     from imgsnap.trust.names import Name
     from imgsnap.trust.target import Target
 
-    chosen = _policy(settings, policy, key)
+    chosen = _policy(settings, key)
     with ExitStack() as stack:
         repository, reference = Places(settings, flags).reader(stack, ref)
         wanted = parse_platform(platform) if platform else None
@@ -73,19 +70,16 @@ def command(
     return NotTrusted.exit_code
 
 
-def _policy(settings: Settings, policy: Path | None, key: Path | None) -> "Policy":
+def _policy(settings: Settings, key: Path | None) -> "Policy":
     from imgsnap.trust.policy_file import load_policy, policy_of_key
 
-    if policy is not None and key is not None:
-        raise InvalidArgument("--policy and --key: one of them")
     if key is not None:
         return policy_of_key(key)
-    path = policy or settings.policy
-    if path is None:
+    if settings.policy is None:
         raise InvalidArgument(
             "nothing to check by", hint="give --policy FILE or --key FILE, see docs/trust.md"
         )
-    return load_policy(path)
+    return load_policy(settings.policy)
 
 
 def _as_json(digest: str, verdict: "Verdict") -> dict[str, Any]:

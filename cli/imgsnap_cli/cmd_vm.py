@@ -19,6 +19,7 @@ from imgsnap_cli.places import (
     boot_pack_names,
     boot_pack_option,
     platform_option,
+    policy_option,
     reading,
     reading_flags,
     registry_flags,
@@ -102,6 +103,7 @@ def command() -> None:
 @boot_pack_option
 @platform_option
 @reading_flags
+@policy_option
 @registry_flags
 @click.pass_obj
 def run(

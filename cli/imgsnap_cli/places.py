@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.node_cache import NodeCache
     from imgsnap.blockstore.read_options import ReadOptions
     from imgsnap.blockstore.reader import BlockReader
+    from imgsnap.blockstore.resolve import Admit
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
     from imgsnap.node.request import AttachRequest
@@ -54,6 +55,21 @@ def boot_pack_names(name: str | None, preferred: str | None = None) -> tuple[str
         return (check_name(name),)
     return (preferred, AUTO) if preferred else (AUTO,)
 
+
+def _take_policy(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    """The flag goes where the variable is."""
+    if value is not None:
+        ctx.obj = replace(ctx.obj, policy=value.absolute())
+
+
+policy_option = click.option(
+    "--policy",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    expose_value=False,
+    callback=_take_policy,
+    help="Whose signatures it needs [IMGSNAP_POLICY]",
+)
 
 platform_option = click.option("--platform", metavar="OS/ARCH", help="Of an index [this machine's]")
 
@@ -194,14 +210,39 @@ class Places:
         return options
 
     def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
-        """The snapshot that a reference names, through the node cache."""
+        """The snapshot that a reference names, through the node cache, if the policy accepts it."""
+        return self._snapshot(stack, text, platform, self.admission())
+
+    def any_snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
+        """As `snapshot`, whoever signed it: to look at, not to use."""
+        from imgsnap.blockstore.resolve import admit_all
+
+        return self._snapshot(stack, text, platform, admit_all)
+
+    def _snapshot(
+        self, stack: ExitStack, text: str, platform: str | None, admit: "Admit"
+    ) -> "Snapshot":
         from imgsnap.blockstore.snapshot import open_snapshot
 
         repository, reference = self.reader(stack, text)
         cache = node_cache(self._settings)
-        snapshot = open_snapshot(repository, reference, cache, platform=_platform(platform))
+        wanted = _platform(platform)
+        snapshot = open_snapshot(repository, reference, cache, platform=wanted, admit=admit)
         stack.callback(snapshot.close)
         return snapshot
+
+    def admission(self) -> "Admit":
+        """Who lets snapshots be opened by this process. Raises what reading the policy raises."""
+        from imgsnap.node.policies import admission
+
+        return admission(self._policies(), node_cache(self._settings))
+
+    def _policies(self) -> tuple[str, ...]:
+        if self._settings.policy is None:
+            return ()
+        from imgsnap.node.policies import policy_text
+
+        return (policy_text(self._settings.policy),)
 
     def mount_arguments(
         self,
@@ -242,7 +283,8 @@ class Places:
             self.registry_options(),
             Source.kept_environ(self._settings.environ),
         )
-        return AttachRequest(source, reference_of(location), _platform(platform), read)
+        reference = reference_of(location)
+        return AttachRequest(source, reference, _platform(platform), read, self._policies())
 
     def attach(
         self, text: str, platform: str | None, read: "ReadOptions", **how: Any
@@ -252,7 +294,14 @@ class Places:
 
         settings = self._settings
         request = self.attach_request(text, platform, read)
-        return attach(request, settings.run, settings.cache, cache_quota=quota(settings), **how)
+        return attach(
+            request,
+            settings.run,
+            settings.cache,
+            cache_quota=quota(settings),
+            policy=settings.policy,
+            **how,
+        )
 
     def image_config(
         self, stack: ExitStack, text: str, digest: str

@@ -21,6 +21,7 @@ from imgsnap.mount import attach, teardown
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
 from imgsnap.mount.tree import show_tree
 from imgsnap.node.devices import OpenRepository
+from imgsnap.node.policies import admission
 from imgsnap.node.request import AttachRequest
 from imgsnap.node.targets import MountOptions, claim
 from imgsnap.oci.cancellation import Cancellation
@@ -164,11 +165,13 @@ def find_direct(
             if device is None:
                 return None
             stack.callback(device.close)
-            if reference != digest:
+            if reference != digest or request.policies:
+                admit = admission(request.policies, cache)
                 with closing(open_repository(source)) as repository:
-                    named = resolve_snapshot(repository, reference, cache, platform).manifest
-                if named.descriptor.digest != digest:
-                    return None
+                    documents = resolve_snapshot(repository, reference, cache, platform).documents
+                    if documents[0].descriptor.digest != digest:
+                        return None
+                    admit(repository, reference, documents)
             stack.pop_all()
             return DirectMount(snapshot, device, name)
     except (ImgsnapError, OSError) as error:

@@ -5,13 +5,16 @@ from dataclasses import dataclass
 
 from imgsnap.errors import FormatError, NotTrusted
 from imgsnap.oci.repository import Repository
+from imgsnap.trust.certificates import parse_roots
 from imgsnap.trust.cosign import CosignSignature
 from imgsnap.trust.find import Found, find_signatures
+from imgsnap.trust.keys import public_key
 from imgsnap.trust.names import Name
 from imgsnap.trust.notation import NotationSignature
 from imgsnap.trust.policy import (
     AcceptAnything,
     NotationSigned,
+    Policy,
     Reject,
     Requirement,
     Requirements,
@@ -129,6 +132,19 @@ def _summary(requirement: SigstoreSigned | NotationSigned, judged: Sequence[Judg
         return f"it has no signature of {kind}'s, which the policy asks for{others}"
     more = f", and {len(mine) - 1} more are not accepted" if len(mine) > 1 else ""
     return f"its {mine[0].found.kind} signature {mine[0].problem}{more}"
+
+
+def check_keys(policy: Policy) -> None:
+    """Raises InvalidArgument and Unsupported for a key or a root that is none, also when no
+    snapshot has needed it yet."""
+    scopes = [policy.default, *(r for found in policy.transports.values() for r in found.values())]
+    for requirement in (requirement for requirements in scopes for requirement in requirements):
+        if isinstance(requirement, SigstoreSigned):
+            for key in requirement.keys:
+                public_key(key)
+        elif isinstance(requirement, NotationSigned):
+            for root in requirement.roots:
+                parse_roots(root)
 
 
 def refuse(name: Name, target: Target, reason: str) -> NotTrusted:
