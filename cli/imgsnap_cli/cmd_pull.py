@@ -53,7 +53,8 @@ def command(
         return
     if namespace or address or snapshotter or platform:
         raise click.UsageError("--namespace, --address, --snapshotter, --platform: --containerd's")
-    copy(settings, flags, ref, name or default_name(ref), progress)
+    admit = Places(settings, flags).admission()
+    copy(settings, flags, ref, name or default_name(ref), progress, admit)
 
 
 def _into_containerd(

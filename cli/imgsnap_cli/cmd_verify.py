@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from imgsnap.errors import InvalidArgument, NotTrusted
+from imgsnap.errors import InvalidArgument
 from imgsnap_cli.output import format_option, print_json, print_table
 from imgsnap_cli.places import Places, node_cache, platform_option, policy_option, registry_flags
 from imgsnap_cli.settings import Settings
@@ -37,7 +37,7 @@ def command(
     platform: str | None,
     format_: str,
     **flags: Any,
-) -> int:
+) -> None:
     """Show the signatures of the snapshot REF, and whether a policy accepts it.
 
     Signatures of cosign and notation are looked for in the snapshot's own repository, each time
@@ -63,11 +63,8 @@ def command(
         print_json(_as_json(targets[0].digest, verdict))
     else:
         _print(targets[0].digest, verdict)
-    if verdict.accepted:
-        return 0
-    error = refuse(name, targets[0], verdict.reason)
-    click.echo(f"error: {error}", err=True)
-    return NotTrusted.exit_code
+    if not verdict.accepted:
+        raise refuse(name, targets[0], verdict.reason, hint="how to sign it: docs/trust.md")
 
 
 def _policy(settings: Settings, key: Path | None) -> "Policy":

@@ -77,6 +77,16 @@ def find_signatures(repository: Repository, target: Target) -> list[Found]:
     return [_load(repository, blob) for blob in blobs[:SIGNATURES_MAX]]
 
 
+def signature_manifests(
+    repository: Repository, subject: Digest
+) -> Iterator[tuple[str, str | None]]:
+    """What `find_signatures` reads, as it can be copied: references, and the tags they have."""
+    if _tagged(repository, subject) is not None:
+        yield cosign_tag(subject), cosign_tag(subject)
+    for entry in _referrers(repository, subject):
+        yield entry.digest, None
+
+
 def _manifests(repository: Repository, target: Target) -> Iterator[RawManifest]:
     """The tag's and the referrers, asked for at the same time."""
     tagged: list[RawManifest | BaseException | None] = []

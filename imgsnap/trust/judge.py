@@ -147,10 +147,12 @@ def check_keys(policy: Policy) -> None:
                 parse_roots(root)
 
 
-def refuse(name: Name, target: Target, reason: str) -> NotTrusted:
+def refuse(
+    name: Name, target: Target, reason: str, *, hint: str = "`imgsnap verify` shows its signatures"
+) -> NotTrusted:
     """The error of a snapshot that a policy does not accept."""
     shown = str(name) if name.digest else f"{name} ({target.digest})"
     return NotTrusted(
         f"{shown} is not accepted by the policy: {reason}",
-        hint="`imgsnap verify` shows its signatures",
+        hint=hint,
     )
