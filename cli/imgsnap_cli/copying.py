@@ -29,7 +29,8 @@ def copy(
     """Copies a snapshot, or an index of snapshots; tags it when everything has arrived. Boot packs
     go with it, the newest of each name, and signatures.
 
-    With `admit` only what that accepts: of an index all. A source that is an image with a snapshot, or a converted image, stands for that snapshot.
+    With `admit` only what that accepts: of an index all. A source that is an image with a snapshot,
+    or a converted image, stands for that snapshot.
     """
     from imgsnap.blockstore.snapshot_manifest import stands_for
     from imgsnap.convert.publish import held_snapshot

@@ -60,7 +60,7 @@ def parse_policy(raw: bytes, read: ReadKey, *, file: str = "policy") -> Policy:
     try:
         value = parse_json_object(raw, record=file, size_max=POLICY_SIZE_MAX)
     except ImgsnapError as error:
-        raise InvalidArgument(str(error)) from error
+        raise InvalidArgument(str(error), hint="see docs/trust.md") from error
     policy = _Parser(file, read).policy(value)
     if len(policy.to_text().encode()) > POLICY_SIZE_MAX:
         raise InvalidArgument(f"{file}: is over {POLICY_SIZE_MAX} bytes with its keys")

@@ -211,7 +211,9 @@ def test_a_signature_replayed_from_another_snapshot(
     other = Published(cli, registry, f"{name}-2", "--chunk-size", "128KiB")
     cosign.sign(other.by_digest)
     tag = other.digest.replace(":", "-") + ".sig"
-    with urllib.request.urlopen(registry.url(f"{name}-2/manifests/{tag}")) as answer:
+    kind = "application/vnd.oci.image.manifest.v1+json"
+    where = registry.url(f"{name}-2/manifests/{tag}")
+    with urllib.request.urlopen(urllib.request.Request(where, headers={"Accept": kind})) as answer:
         raw = answer.read()
     for layer in [*json.loads(raw)["layers"], json.loads(raw)["config"]]:
         blob = registry.blob_file(layer["digest"]).read_bytes()
