@@ -5,6 +5,7 @@ Rules: notaryproject/specifications, signature-specification.md, "Certificate Re
 path validation is for TLS and asks for names of hosts.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -28,10 +29,14 @@ _EC_ALGORITHMS = {
 def parse_chain(ders: Sequence[bytes]) -> "list[Certificate]":
     """Raises FormatError, Unsupported without the package."""
     need_cryptography()
+    from cryptography.utils import CryptographyDeprecationWarning
     from cryptography.x509 import load_der_x509_certificate
 
     try:
-        return [load_der_x509_certificate(der) for der in ders]
+        with warnings.catch_warnings():
+            # Of certificates that RFC 5280 forbids; who reads an error need not read it twice.
+            warnings.simplefilter("error", CryptographyDeprecationWarning)
+            return [load_der_x509_certificate(der) for der in ders]
     except Exception as error:  # the parser is another's, and its input hostile
         raise FormatError(_RECORD, "x5c", 0, f"no certificate: {str(error)[:200]}") from error
 
