@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from imgsnap.errors import InvalidReference
+from imgsnap.oci.reference import RegistryLocation, parse_location
 from imgsnap.trust.names import Name
 
 
@@ -19,10 +21,19 @@ class Match(Enum):
     """Ours: the manifest's digest alone. Cosign's bundles name nothing else."""
 
 
+def docker_reference(text: str) -> RegistryLocation:
+    """A docker reference; Docker Hub's short and old names in their full form. Raises
+    InvalidReference."""
+    found = parse_location(f"docker://{text}")
+    assert isinstance(found, RegistryLocation)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class SignedIdentity:
     """A `signedIdentity`; `value` is the reference, the repository or, of a remapping, the
-    `prefix`, which `signed_prefix` stands in for."""
+    `prefix`, which `signed_prefix` stands in for. References are as `docker_reference` prints
+    them."""
 
     match: Match = Match.REPO_DIGEST_OR_EXACT
     value: str = ""
@@ -35,23 +46,28 @@ class SignedIdentity:
             return None
         if signed is None:
             return f"names no repository, which {self.match.value} asks for"
+        try:
+            reference = docker_reference(signed)
+        except InvalidReference:
+            return f"is of {signed[:300]!r}, which is no reference"
         if self.match is Match.EXACT_REFERENCE:
-            fits = signed == self.value
+            fits = str(reference) == self.value
         elif self.match is Match.EXACT_REPOSITORY:
-            fits = _repository(signed) == self.value
+            fits = _repository(reference) == self.value
         elif not name.is_docker:
             return f"{name} has no identity in a registry, which {self.match.value} asks for"
         else:
-            fits = self._fits(name, signed)
-        return None if fits else f"is of {signed!r}, not of {name}"
+            fits = self._fits(name, reference)
+        return None if fits else f"is of {signed[:300]!r}, not of {name}"
 
-    def _fits(self, name: Name, signed: str) -> bool:
-        repository = self._remapped(name.repository)
+    def _fits(self, name: Name, signed: RegistryLocation) -> bool:
+        wanted = self._remapped(name.repository)
         if self.match is Match.REPOSITORY:
-            return _repository(signed) == repository
+            return _repository(signed) == wanted
         if name.digest and self.match is not Match.EXACT:
-            return _repository(signed) == repository
-        return bool(name.tag) and signed == f"{repository}:{name.tag}"
+            # As others read it: who names no tag at all asks for matchRepository.
+            return _repository(signed) == wanted and str(signed) != wanted
+        return bool(name.tag) and str(signed) == f"{wanted}:{name.tag}"
 
     def _remapped(self, repository: str) -> str:
         if self.match is not Match.REMAP:
@@ -61,8 +77,5 @@ class SignedIdentity:
         return repository
 
 
-def _repository(reference: str) -> str:
-    """A docker reference without tag and digest."""
-    base = reference.partition("@")[0]
-    head, slash, last = base.rpartition("/")
-    return head + slash + last.partition(":")[0]
+def _repository(reference: RegistryLocation) -> str:
+    return f"{reference.registry}/{reference.repository}"

@@ -10,9 +10,9 @@ from base64 import b64decode
 from collections.abc import Callable
 from typing import Any
 
-from imgsnap.errors import ImgsnapError, InvalidArgument, Unsupported
+from imgsnap.errors import ImgsnapError, InvalidArgument, InvalidReference, Unsupported
 from imgsnap.oci.manifest import parse_json_object
-from imgsnap.trust.identity import Match, SignedIdentity
+from imgsnap.trust.identity import Match, SignedIdentity, docker_reference
 from imgsnap.trust.policy import (
     ACCEPT_ANYTHING,
     NOTATION_SIGNED,
@@ -195,7 +195,20 @@ class _Parser:
             raise self._wrong(f"{where}.type", f"{str(kind)[:100]!r} is none of {known}") from None
         self._only(value, where, {"type", *fields})
         texts = [self._text(value.get(name), f"{where}.{name}") for name in fields]
+        if match in (Match.EXACT_REFERENCE, Match.EXACT_REPOSITORY):
+            named = match is Match.EXACT_REFERENCE
+            texts = [self._docker_reference(texts[0], f"{where}.{fields[0]}", named=named)]
         return SignedIdentity(match, *texts)
+
+    def _docker_reference(self, text: str, where: str, *, named: bool) -> str:
+        """In its full form; with tag or digest exactly when it is to be `named` by one."""
+        try:
+            found = docker_reference(text)
+        except InvalidReference as error:
+            raise self._wrong(where, str(error)) from error
+        if named != bool(found.tag or found.digest):
+            raise self._wrong(where, "needs a tag or digest" if named else "is no repository alone")
+        return str(found)
 
     def _files(
         self, value: dict[str, Any], where: str, names: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""The real cosign and notation, unpacked by scripts/signers; each with a home of its own."""
+"""The real cosign, notation and skopeo, unpacked by scripts/signers; each with its own home."""
 
 import fcntl
 import os
@@ -32,7 +32,7 @@ def _program(name: str) -> Path:
     said = _found().get(name, "missing: scripts/signers failed")
     if said.startswith("missing"):
         pytest.skip(f"{name} {said}")
-    return PROGRAMS / name / "usr/bin" / name.rstrip("0123456789")
+    return PROGRAMS / name / "run"
 
 
 @dataclass(frozen=True)
@@ -116,3 +116,37 @@ class Notation:
 
     def sign(self, reference: str, *options: str) -> None:
         self.run("sign", "--insecure-registry", *options, reference)
+
+
+@dataclass(frozen=True)
+class Skopeo:
+    """skopeo, which checks the policies of containers-policy.json(5) and makes signatures."""
+
+    run: Signer
+
+    @classmethod
+    def make(cls, home: Path) -> "Skopeo":
+        skopeo = cls(Signer.of("skopeo", home))
+        text = "default-docker:\n  use-sigstore-attachments: true\n"
+        (home / "registries.d").mkdir(exist_ok=True)
+        (home / "registries.d/default.yaml").write_text(text)
+        (home / "passphrase").touch()
+        return skopeo
+
+    def accepts(self, reference: str, policy: Path) -> bool:
+        """Whether this policy lets an image be copied."""
+        command = ("copy", "--policy", policy, "--registries.d", "registries.d")
+        where = ("--src-tls-verify=false", f"docker://{reference}", "dir:copy")
+        done = self.run.any(*command, *where)
+        refused = "Source image rejected" in done.stderr
+        assert refused or done.returncode == 0, done.stderr
+        return not refused
+
+    def copy_signed(self, source: str, target: str, key: Path) -> None:
+        self.run(
+            *("copy", "--insecure-policy", "--preserve-digests"),
+            *("--src-tls-verify=false", "--dest-tls-verify=false"),
+            *("--registries.d", "registries.d", "--sign-passphrase-file", "passphrase"),
+            *("--sign-by-sigstore-private-key", key),
+            *(f"docker://{source}", f"docker://{target}"),
+        )

@@ -301,8 +301,13 @@ LAYOUT = Name("oci", "/store", "1")
         (Match.EXACT, TAGGED, ["a.test/app:1"], ["a.test/app:2", "a.test/app", "b.test/app:1"]),
         (Match.EXACT, PINNED, [], ["a.test/app:1", "a.test/app"]),
         (Match.REPO_DIGEST_OR_EXACT, TAGGED, ["a.test/app:1"], ["a.test/app", "a.test/app:2"]),
-        (Match.REPO_DIGEST_OR_EXACT, PINNED, ["a.test/app:7", "a.test/app"], ["a.test/apps"]),
-        (Match.REPOSITORY, TAGGED, ["a.test/app", "a.test/app:2"], ["a.test", "a.test/app/x"]),
+        (Match.REPO_DIGEST_OR_EXACT, PINNED, ["a.test/app:7"], ["a.test/app", "a.test/apps:7"]),
+        (
+            Match.REPOSITORY,
+            TAGGED,
+            ["a.test/app", "a.test/app:2"],
+            ["a.test", "a.test/app/x", "", "A B"],
+        ),
         (Match.REPOSITORY, LAYOUT, [], ["/store", "store:1", "oci:/store"]),
         (Match.EXACT, LAYOUT, [], ["/store:1"]),
         (Match.DIGEST_ONLY, LAYOUT, [None, "anything"], []),
@@ -313,6 +318,31 @@ def test_identities(match, name, accepted, refused):
     identity = SignedIdentity(match)
     assert [signed for signed in accepted if identity.problem(name, signed)] == []
     assert [signed for signed in refused if not identity.problem(name, signed)] == []
+
+
+def test_docker_hubs_names():
+    """cosign writes the old name of the registry."""
+    hub = Name("docker", "docker.io/library/busybox", "1")
+    identity = SignedIdentity(Match.REPOSITORY)
+    for same in ("index.docker.io/library/busybox", "docker.io/busybox", "busybox:2"):
+        assert identity.problem(hub, same) is None
+    assert identity.problem(hub, "index.docker.io/other/busybox")
+    key = {"type": "sigstoreSigned", "keyData": DATA}
+    exact = {"type": "exactRepository", "dockerRepository": "index.docker.io/library/busybox"}
+    assert one(key | {"signedIdentity": exact}).identity.value == "docker.io/library/busybox"
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        {"type": "exactRepository", "dockerRepository": "a.test/x:1"},
+        {"type": "exactRepository", "dockerRepository": "A B"},
+        {"type": "exactReference", "dockerReference": "a.test/x"},
+    ],
+)
+def test_values_that_never_match_are_refused(identity):
+    with pytest.raises(InvalidArgument, match="needs a tag|no repository|not a"):
+        one({"type": "sigstoreSigned", "keyData": DATA, "signedIdentity": identity})
 
 
 def test_identities_with_values():
@@ -330,7 +360,7 @@ def test_identities_with_values():
     ("prefix", "signed", "fits"),
     [
         ("a.test", "v.test/app:1", True),
-        ("a.test/app", "v.test:1", True),
+        ("a.test/app", "v.test:1", False),
         ("a.tes", "v.test/app:1", False),
         ("other.test", "a.test/app:1", True),
         ("a.test", "v.test/app:2", False),
