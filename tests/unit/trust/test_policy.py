@@ -341,7 +341,7 @@ def test_docker_hubs_names():
     ],
 )
 def test_values_that_never_match_are_refused(identity):
-    with pytest.raises(InvalidArgument, match="needs a tag|no repository|not a"):
+    with pytest.raises(InvalidArgument, match=r"needs a tag|no repository|is not a"):
         one({"type": "sigstoreSigned", "keyData": DATA, "signedIdentity": identity})
 
 
