@@ -13,7 +13,7 @@ from typing import NoReturn
 from imgsnap.blockstore.cache_pins import Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.direct import DirectDevice, open_direct
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.resolve import remembered_snapshot, resolve_snapshot
+from imgsnap.blockstore.resolve import Admit, remembered_snapshot, resolve_snapshot
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
 from imgsnap.digest import Digest, as_digest, parse_digest
 from imgsnap.errors import ImgsnapError, Unavailable
@@ -159,24 +159,30 @@ def find_direct(
         if digest is None:
             return None
         with ExitStack() as stack:
-            snapshot = open_snapshot(_Cached(name), digest, cache, platform=platform)
+            snapshot = open_snapshot(
+                _Cached(name), digest, cache, platform=platform, admit=_remembered(request, cache)
+            )
             stack.callback(snapshot.close)
             device = open_direct(snapshot, cache)
             if device is None:
                 return None
             stack.callback(device.close)
-            if reference != digest or request.policies:
-                admit = admission(request.policies, cache)
+            if reference != digest:
                 with closing(open_repository(source)) as repository:
-                    documents = resolve_snapshot(repository, reference, cache, platform).documents
-                    if documents[0].descriptor.digest != digest:
-                        return None
-                    admit(repository, reference, documents)
+                    named = resolve_snapshot(repository, reference, cache, platform).manifest
+                if named.descriptor.digest != digest:
+                    return None
             stack.pop_all()
             return DirectMount(snapshot, device, name)
     except (ImgsnapError, OSError) as error:
         _log.info("%s is not mounted directly: %s", reference, error)
         return None
+
+
+def _remembered(request: AttachRequest, cache: NodeCache) -> Admit:
+    """Lets open what the policies have accepted before: there is nobody here to ask."""
+    admit = admission(request.policies, cache)
+    return lambda repository, _, documents: admit(repository, request.reference, documents)
 
 
 def _candidate(

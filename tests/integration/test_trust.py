@@ -166,6 +166,38 @@ def test_the_whole_of_what_a_tag_names(cli: Cli, registry, name, cosign: Cosign,
     mounts_and_reads(cli, tmp_path / "tree", "--policy", file, app.tag)
 
 
+def test_each_snapshot_of_a_tag(cli: Cli, registry, name, cosign: Cosign, policy):
+    """What the snapshotter needs: it knows a snapshot's digest only."""
+    app = Published(cli, registry, name, "--as", "image")
+    file = policy(by_key(cosign.public))
+    asked = ("verify", HTTP, "--policy", file, "--format", "json")
+    cosign.sign(app.tag)
+    digest = cli(*asked, app.tag).json["digest"]
+    cli.fails(REFUSED, "verify", HTTP, "--policy", file, f"{app.repository}@{digest}")
+    cosign.sign(app.tag, "--recursive")
+    assert cli(*asked, f"{app.repository}@{digest}").json["accepted"]
+
+
+def test_signatures_come_along(
+    cli: Cli, registry, app: Published, name, cosign: Cosign, cosign3, notation, policy
+):
+    """Into the local store, and from there into another repository."""
+    for signer in (cosign, cosign3, notation):
+        signer.sign(app.by_digest)
+    file = policy(by_key(cosign.public), by_notation(notation.root))
+    cli("pull", HTTP, "--progress", "none", "--policy", file, app.tag, "store:pulled")
+    copy = f"{registry.address}/{name}-copy:1.0"
+    cli("push", HTTP, "--progress", "none", "store:pulled", copy)
+    of = by_key(cosign.public) | {
+        "signedIdentity": {"type": "exactRepository", "dockerRepository": app.repository}
+    }
+    moved = policy(of, by_key(cosign3.public, "imgsnapDigestOnly"), by_notation(notation.root))
+    for reference in ("store:pulled", copy):
+        found = cli("verify", HTTP, reference, "--policy", moved, "--format", "json").json
+        assert found["digest"] == app.digest and found["accepted"]
+        assert {s["kind"] for s in found["signatures"]} == {"cosign", "cosign bundle", "notation"}
+
+
 def test_a_signature_of_the_image_is_none_of_its_snapshot(
     cli: Cli, registry, name, cosign: Cosign, policy
 ):
@@ -253,7 +285,8 @@ def refused_everywhere(cli: Cli, app: Published, file: Path, where: Path, why: s
         assert why in cli.fails(REFUSED, *arguments), arguments
     assert sorted(path.name for path in where.parent.iterdir()) == before
     assert cli.leftovers() == []
-    assert not any((cli.cache / "v1/metadata").glob("*")), "a part was fetched"
+    kept = [path for kind in ("metadata", "chunk-maps") for path in cli.cache.glob(f"*/{kind}/*")]
+    assert [*cli.cache.glob("*/blobs/*")] and kept == [], "a part was fetched"
 
 
 def test_unsigned(cli: Cli, app: Published, cosign: Cosign, policy, tmp_path, other_cli: Cli):
