@@ -101,7 +101,7 @@ def _as_json(digest: str, verdict: "Verdict") -> dict[str, Any]:
 def _print(digest: str, verdict: "Verdict") -> None:
     pairs = (
         ("digest", digest),
-        ("accepted", "yes" if verdict.accepted else f"no: {verdict.reason}"),
+        ("accepted", "yes" if verdict.accepted else "no"),
     )
     for name, text in pairs:
         click.echo(f"{name + ':':<14}{text}")
@@ -112,5 +112,8 @@ def _print(digest: str, verdict: "Verdict") -> None:
 
 
 def _outcome(judged: "Judged") -> str:
-    text = f"by {judged.signer.name}" if judged.signer else f"not accepted: {judged.problem}"
-    return "".join(char if char.isprintable() else "?" for char in text)
+    from imgsnap.trust.target import printable
+
+    if judged.signer is not None:
+        return f"by {judged.signer.name}"
+    return printable(f"not accepted: {judged.problem}")

@@ -131,7 +131,8 @@ class Places:
         """The repository of a reference and its tag or digest."""
         from imgsnap.oci.reference import parse_location
 
-        repository, reference = self._open(parse_location(text), create=False)
+        # Absolute: policies and the node cache know a layout by its name.
+        repository, reference = self._open(_absolute(parse_location(text)), create=False)
         stack.enter_context(closing(repository))
         return repository, reference
 
@@ -354,8 +355,15 @@ def quota(settings: Settings) -> int | None:
 
 def _lasting(location: "Location") -> str:
     """The location as any process may read it, whatever its working directory is."""
-    path = getattr(location, "path", None)
-    return str(replace(location, path=path.absolute()) if path is not None else location)
+    return str(_absolute(location))
+
+
+def _absolute(location: "Location") -> "Location":
+    from imgsnap.oci.reference import RegistryLocation, StoreLocation
+
+    if isinstance(location, RegistryLocation | StoreLocation):
+        return location
+    return replace(location, path=location.path.absolute())
 
 
 def _rate(text: str | None) -> int:

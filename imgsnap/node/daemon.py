@@ -273,9 +273,9 @@ def _pid(path: Path) -> ProcessId | None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m imgsnap.node.daemon RUN CACHE QUOTA POLICY`, for `ensure_daemon`; the last two
-    may be empty."""
-    run_dir, cache_dir, quota, policy = arguments
+    """`python -m imgsnap.node.daemon RUN CACHE [QUOTA [POLICY]]`, for `ensure_daemon`; the last two
+    may be empty. An older version that is upgraded gives fewer."""
+    run_dir, cache_dir, quota, policy = (*arguments, "", "")[:4]
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who started us may have blocked some
     try:

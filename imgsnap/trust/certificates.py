@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from imgsnap.errors import FormatError, InvalidArgument
 from imgsnap.trust.keys import need_cryptography
-from imgsnap.trust.target import NotAccepted
+from imgsnap.trust.target import NotAccepted, printable
 
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate, KeyUsage
@@ -230,5 +230,4 @@ def _short_name(oid: str) -> str:
 
 def subject_text(certificate: "Certificate") -> str:
     """For messages: the subject as RFC 4514 writes it, without what a terminal could take amiss."""
-    text = certificate.subject.rfc4514_string()[:200]
-    return "".join(char if char.isprintable() else "?" for char in text)
+    return printable(certificate.subject.rfc4514_string()[:200])

@@ -18,7 +18,8 @@ from imgsnap.trust.names import Name
 from imgsnap.trust.policy import SigstoreSigned
 from imgsnap.trust.target import NotAccepted, Signer, Target
 
-PAYLOAD_SIZE_MAX = 1 << 20
+PAYLOAD_SIZE_MAX = 128 << 10
+"""Bytes of a payload, or of a bundle; a server may hold find.SIGNATURES_MAX of them."""
 SIGNATURE_SIZE_MAX = 1024
 SUBJECTS_MAX = 64
 """Of one statement."""

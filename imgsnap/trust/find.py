@@ -27,6 +27,7 @@ from imgsnap.trust.target import NotAccepted, Target
 
 SIGNATURES_MAX = 64
 """Of one manifest: anybody who may push can add more, and each costs two requests."""
+BLOB_SIZE_MAX = max(cosign.PAYLOAD_SIZE_MAX, notation.ENVELOPE_SIZE_MAX)
 SIMPLE_SIGNING = "application/vnd.dev.cosign.simplesigning.v1+json"
 COSIGN_ARTIFACT = "application/vnd.dev.cosign.artifact.sig.v1+json"
 NOTATION_ARTIFACT = "application/vnd.cncf.notary.signature"
@@ -149,7 +150,7 @@ def _load(repository: Repository, blob: _Blob) -> Found:
     if blob.layer.media_type == COSE:
         return Found(kind, manifest, None, "is in a COSE envelope, which is not supported; use JWS")
     try:
-        raw = repository.blob(blob.layer, size_max=cosign.PAYLOAD_SIZE_MAX)
+        raw = repository.blob(blob.layer, size_max=BLOB_SIZE_MAX)
         if sha256_digest(raw) != blob.layer.digest:
             raise DigestMismatch("signature", blob.layer.digest, sha256_digest(raw))
         return Found(kind, manifest, _parse(kind, blob.layer, raw))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from imgsnap.errors import FormatError, NotTrusted
 from imgsnap.oci.repository import Repository
@@ -20,7 +21,7 @@ from imgsnap.trust.policy import (
     Requirements,
     SigstoreSigned,
 )
-from imgsnap.trust.target import NotAccepted, Signer, Target
+from imgsnap.trust.target import NotAccepted, Signer, Target, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,15 @@ class Verdict:
         return min((s.until for s in self.signers if s.until is not None), default=None)
 
 
+class _Outcome(NamedTuple):
+    """What came of one requirement."""
+
+    met: bool
+    signer: Signer | None = None
+    problem: str = ""
+    judged: tuple[Judged, ...] = ()
+
+
 class Judge:
     """Judges one snapshot; looks signatures up at most once per target."""
 
@@ -65,38 +75,36 @@ class Judge:
 
         With `all_signatures` every one is listed, also where none is needed.
         """
-        judged: list[Judged] = []
-        signers: list[Signer] = []
-        reason = ""
-        for requirement in requirements:
-            signer, problem, looked = self._meet(requirement)
-            judged += looked
-            if signer is not None:
-                signers.append(signer)
-            elif problem and not reason:
-                reason = problem
+        outcomes = [self._meet(requirement) for requirement in requirements]
+        judged = [item for outcome in outcomes for item in outcome.judged]
         if all_signatures and not any(map(_asks_for_signatures, requirements)):
             judged += [
                 Judged(found, target, None, found.problem or "is not asked for")
                 for target in self._targets
                 for found in self._signatures(target)
             ]
-        return Verdict(not reason, tuple(signers), tuple(judged), reason)
+        unmet = [outcome.problem for outcome in outcomes if not outcome.met]
+        return Verdict(
+            accepted=bool(outcomes) and not unmet,
+            signers=tuple(o.signer for o in outcomes if o.signer is not None),
+            judged=tuple(judged),
+            reason=unmet[0] if unmet else "",
+        )
 
-    def _meet(self, requirement: Requirement) -> tuple[Signer | None, str, list[Judged]]:
+    def _meet(self, requirement: Requirement) -> "_Outcome":
         if isinstance(requirement, AcceptAnything):
-            return None, "", []
+            return _Outcome(met=True)
         if isinstance(requirement, Reject):
-            return None, "the policy rejects everything of this name", []
+            return _Outcome(met=False, problem="the policy rejects everything of this name")
         judged: list[Judged] = []
         for target in self._targets:
             for found in self._signatures(target):
                 signer, problem = _judge_one(requirement, found, target, self._name)
                 judged.append(Judged(found, target, signer, problem))
-            accepted = next((j.signer for j in judged if j.signer is not None), None)
+            accepted = next((item.signer for item in judged if item.signer is not None), None)
             if accepted is not None:
-                return accepted, "", judged
-        return None, _summary(requirement, judged), judged
+                return _Outcome(met=True, signer=accepted, judged=tuple(judged))
+        return _Outcome(met=False, problem=_summary(requirement, judged), judged=tuple(judged))
 
     def _signatures(self, target: Target) -> list[Found]:
         if target not in self._found:
@@ -153,6 +161,6 @@ def refuse(
     """The error of a snapshot that a policy does not accept."""
     shown = str(name) if name.digest else f"{name} ({target.digest})"
     return NotTrusted(
-        f"{shown} is not accepted by the policy: {reason}",
+        f"{shown} is not accepted by the policy: {printable(reason)}",
         hint=hint,
     )

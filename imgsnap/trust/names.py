@@ -25,9 +25,12 @@ class Name:
 
     @classmethod
     def of(cls, repository: str, reference: str) -> "Name":
-        """From `Repository.name` and a reference in it."""
-        transport, colon, path = repository.partition(":")
-        if colon and transport in _LOCAL:
+        """From `Repository.name` and a reference in it.
+
+        A registry may be called ``oci:5000`` too: only an absolute path is a local one's.
+        """
+        transport, _, path = repository.partition(":")
+        if transport in _LOCAL and path.startswith("/"):
             name = os.path.realpath(path)
         else:
             transport, name = DOCKER, repository

@@ -21,9 +21,9 @@ from imgsnap.trust.target import NotAccepted, Signer, Target
 if TYPE_CHECKING:
     from cryptography.x509 import Certificate
 
-ENVELOPE_SIZE_MAX = 1 << 20
+ENVELOPE_SIZE_MAX = 128 << 10
 CERTIFICATES_MAX = 16
-CERTIFICATE_SIZE_MAX = 64 << 10
+CERTIFICATE_SIZE_MAX = 16 << 10
 SIGNATURE_SIZE_MAX = 1024
 PAYLOAD_TYPE = "application/vnd.cncf.notary.payload.v1+json"
 SCHEME = "io.cncf.notary.signingScheme"

@@ -37,3 +37,8 @@ class Signer:
 
 class NotAccepted(Exception):
     """Why one signature does not fulfil one requirement; others may."""
+
+
+def printable(text: str) -> str:
+    """Text of a registry's or a signer's for a terminal."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -286,6 +286,7 @@ def test_names(tmp_path):
         "",
     ]
     assert Name.of("oci-archive:/x", "1").scopes() == [""]
+    assert Name.of("oci:5000/app", "1") == Name("docker", "oci:5000/app", "1")  # a registry's
 
 
 # Identities ------------------------------------------------------------------------------------
