@@ -53,7 +53,7 @@ def command(
         return
     if namespace or address or snapshotter or platform:
         raise click.UsageError("--namespace, --address, --snapshotter, --platform: --containerd's")
-    admit = Places(settings, flags).admission()
+    admit = Places(settings, flags).admission() if settings.policy is not None else None
     copy(settings, flags, ref, name or default_name(ref), progress, admit)
 
 

@@ -69,7 +69,8 @@ def copy(
         for pack in _boot_packs(origin, copied):
             copy_document(origin, destination, pack, None, work)
         for digest, name in _signatures(origin, copied):
-            copy_document(origin, destination, digest, name, work)
+            if name is None or not _is_there(destination, name):  # who signed there counts there
+                copy_document(origin, destination, digest, name, work)
         watcher.done(label, "copied")
     click.echo(f"{target}@{copied.descriptor.digest}")
 
@@ -92,7 +93,7 @@ def _admit(
         admit(origin, asked, (snapshot, raw) if committed else (snapshot,))
 
 
-def _signatures(origin: "Repository", raw: "RawManifest") -> "Iterator[tuple[str, str | None]]":
+def _signatures(origin: "Repository", raw: "RawManifest") -> "Iterator[tuple[Digest, str | None]]":
     """The manifests of signatures of what was copied, with their tags if they have any."""
     from imgsnap.oci.manifest import ImageIndex, parse_document
     from imgsnap.trust.find import signature_manifests
@@ -101,6 +102,14 @@ def _signatures(origin: "Repository", raw: "RawManifest") -> "Iterator[tuple[str
     entries = document.manifests if isinstance(document, ImageIndex) else ()
     for digest in (raw.descriptor.digest, *(entry.digest for entry in entries)):
         yield from signature_manifests(origin, digest)
+
+
+def _is_there(repository: "Repository", tag: str) -> bool:
+    try:
+        repository.manifest(tag)
+    except NotFound:
+        return False
+    return True
 
 
 def _boot_packs(origin: "Repository", raw: "RawManifest") -> "Iterator[Digest]":

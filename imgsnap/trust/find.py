@@ -74,42 +74,43 @@ def find_signatures(repository: Repository, target: Target) -> list[Found]:
     One that is damaged or missing has a problem. Raises Unavailable and AccessDenied: then nothing
     is known.
     """
-    blobs = [blob for manifest in _manifests(repository, target) for blob in _blobs(manifest)]
+    blobs = [blob for _, raw in _manifests(repository, target.digest) for blob in _blobs(raw)]
     return [_load(repository, blob) for blob in blobs[:SIGNATURES_MAX]]
 
 
 def signature_manifests(
     repository: Repository, subject: Digest
-) -> Iterator[tuple[str, str | None]]:
-    """What `find_signatures` reads, as it can be copied: references, and the tags they have."""
-    if _tagged(repository, subject) is not None:
-        yield cosign_tag(subject), cosign_tag(subject)
-    for entry in _referrers(repository, subject):
-        yield entry.digest, None
+) -> Iterator[tuple[Digest, str | None]]:
+    """What `find_signatures` reads, as it can be copied: digests, and the tags they have. What is
+    too large to be a signature is left out."""
+    for tag, raw in _manifests(repository, subject):
+        blobs = _blobs(raw)
+        if blobs and all(blob.layer.size <= BLOB_SIZE_MAX for blob in blobs):
+            yield raw.descriptor.digest, tag
 
 
-def _manifests(repository: Repository, target: Target) -> Iterator[RawManifest]:
+def _manifests(repository: Repository, subject: Digest) -> Iterator[tuple[str | None, RawManifest]]:
     """The tag's and the referrers, asked for at the same time."""
     tagged: list[RawManifest | BaseException | None] = []
 
     def ask_tag() -> None:
         try:
-            tagged.append(_tagged(repository, target.digest))
+            tagged.append(_tagged(repository, subject))
         except BaseException as error:
             tagged.append(error)
 
     thread = threading.Thread(target=ask_tag, name="signatures", daemon=True)
     thread.start()
-    referrers = _referrers(repository, target.digest)
+    referrers = _referrers(repository, subject)
     thread.join()
     found = tagged[0]
     if isinstance(found, BaseException):
         raise found
     if found is not None:
-        yield found
+        yield cosign_tag(subject), found
     for entry in referrers:
         try:
-            yield repository.manifest(entry.digest)
+            yield None, repository.manifest(entry.digest)
         except _NO_SIGNATURE:
             continue  # entries of lists outlive what they name
 
@@ -129,7 +130,7 @@ def _referrers(repository: Repository, subject: Digest) -> Sequence[Descriptor]:
 
 
 def _blobs(raw: RawManifest) -> list[_Blob]:
-    """The signatures that a manifest lists; none when it is something else."""
+    """The signatures that a manifest lists; none when anything else is in it."""
     try:
         manifest = parse_manifest(raw.raw, media_type=raw.descriptor.media_type)
     except ImgsnapError:
@@ -137,12 +138,12 @@ def _blobs(raw: RawManifest) -> list[_Blob]:
     kinds = {SIMPLE_SIGNING: "cosign", cosign.BUNDLE: "cosign bundle"}
     if manifest.effective_artifact_type == NOTATION_ARTIFACT:
         kinds = dict.fromkeys((JWS, COSE), "notation")
+    if manifest.config.size > BLOB_SIZE_MAX or any(
+        layer.media_type not in kinds for layer in manifest.layers
+    ):
+        return []
     digest = raw.descriptor.digest
-    return [
-        _Blob(kinds[layer.media_type], digest, layer)
-        for layer in manifest.layers
-        if layer.media_type in kinds
-    ]
+    return [_Blob(kinds[layer.media_type], digest, layer) for layer in manifest.layers]
 
 
 def _load(repository: Repository, blob: _Blob) -> Found:

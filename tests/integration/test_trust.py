@@ -198,6 +198,20 @@ def test_signatures_come_along(
         assert {s["kind"] for s in found["signatures"]} == {"cosign", "cosign bundle", "notation"}
 
 
+def test_signatures_of_the_target_are_kept(
+    cli: Cli, registry, app: Published, name, cosign: Cosign, cosign3: Cosign
+):
+    """Somebody signed there what is pushed again with fewer signatures."""
+    cli("pull", HTTP, "--progress", "none", app.tag, "store:unsigned")
+    cosign.sign(app.by_digest)
+    cli("pull", HTTP, "--progress", "none", app.tag, "store:signed")
+    cosign3.sign(app.by_digest, "--new-bundle-format=false")
+    for stored in ("store:unsigned", "store:signed"):
+        cli("push", HTTP, "--progress", "none", stored, app.tag)
+        for key in (cosign.public, cosign3.public):
+            cli("verify", HTTP, "--key", key, app.tag)
+
+
 def test_a_signature_of_the_image_is_none_of_its_snapshot(
     cli: Cli, registry, name, cosign: Cosign, policy
 ):

@@ -1,6 +1,9 @@
 """The check at a snapshot's opening: before its parts, once per name, policy and digest."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -166,7 +169,7 @@ def test_without_the_package_it_says_what_to_install(
 ):
     signatures.cosign(snapshot.digest, key)
     policy = Policy((by(key),), {})
-    monkeypatch.setitem(__import__("sys").modules, "cryptography", None)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
     keys.public_key.cache_clear()
     with pytest.raises(Unsupported, match="not installed") as raised:
         admission(cache, by(key))(repository, "latest", (snapshot.manifest,))
@@ -181,3 +184,17 @@ def test_keys_are_checked_before_a_daemon_relies_on_them(key, signer):
     for wrong in (SigstoreSigned((b"x",), SignedIdentity()), NotationSigned((b"x",), ())):
         with pytest.raises(InvalidArgument):
             check_keys(Policy((Reject(),), {"docker": {"a.test": (wrong,)}}))
+
+
+def test_without_a_policy_nothing_of_this_is_imported():
+    modules = "imgsnap_cli.cmd_mount, imgsnap.node.client, imgsnap.node.block_server"
+    more = "imgsnap.node.session, imgsnap.node.direct_mount, imgsnap.node.daemon"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import sys, {modules}, {more}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    ).stdout.split()
+    assert "imgsnap.node.block_server" in found
+    assert [name for name in found if name.startswith(("imgsnap.trust", "cryptography"))] == []
