@@ -1,18 +1,26 @@
 """cosign's signatures, made by openssl: whose and of what they are believed to be."""
 
+import json
 from base64 import b64encode
 
 import pytest
 
+from imgsnap.digest import sha256_digest
 from imgsnap.errors import InvalidArgument, Unsupported
-from imgsnap.trust.find import SIGNATURES_MAX, find_signatures
+from imgsnap.oci.repository import Descriptor, RawManifest
+from imgsnap.trust.find import (
+    BLOB_SIZE_MAX,
+    SIGNATURES_MAX,
+    find_signatures,
+    signature_manifests,
+)
 from imgsnap.trust.identity import Match, SignedIdentity
 from imgsnap.trust.judge import Judge, Verdict
 from imgsnap.trust.keys import public_key
 from imgsnap.trust.names import Name
 from imgsnap.trust.policy import SigstoreSigned
 from imgsnap.trust.target import Target
-from tests.support.signing import Key, bundle, simple_payload, statement
+from tests.support.signing import MANIFEST, Key, bundle, simple_payload, statement
 
 REPOSITORY = SignedIdentity(Match.REPOSITORY)
 DIGEST_ONLY = SignedIdentity(Match.DIGEST_ONLY)
@@ -191,3 +199,25 @@ def test_only_so_many_signatures_are_looked_at(snapshot, repository, signatures,
     found = find_signatures(repository, Target.of(snapshot.manifest))
     assert len(found) == SIGNATURES_MAX
     assert repository.count("blob") == SIGNATURES_MAX
+
+
+def test_what_is_too_large_for_a_signature_is_not_copied(snapshot, repository, signatures, key):
+    """A pull takes signatures along: nobody shall make it carry anything else."""
+    signatures.cosign(snapshot.digest, key)
+    target = Target.of(snapshot.manifest)
+    (copied,) = signature_manifests(repository, snapshot.digest)
+    assert copied[1] == f"sha256-{snapshot.digest[7:]}.sig"
+    good = repository.manifests[copied[0]].raw
+    for change in (
+        lambda value: value["layers"][0].update(size=BLOB_SIZE_MAX + 1),
+        lambda value: value["config"].update(size=BLOB_SIZE_MAX + 1),
+        lambda value: value["layers"].append(value["layers"][0] | {"mediaType": "text/plain"}),
+        lambda value: value["layers"].clear(),
+    ):
+        value = json.loads(good)
+        change(value)
+        raw = json.dumps(value).encode()
+        descriptor = Descriptor(MANIFEST, sha256_digest(raw), len(raw))
+        repository.add_manifest(RawManifest(descriptor, raw), copied[1])
+        assert list(signature_manifests(repository, snapshot.digest)) == []
+        assert all(found.signature is None for found in find_signatures(repository, target))
