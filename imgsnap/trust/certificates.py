@@ -29,14 +29,16 @@ _EC_ALGORITHMS = {
 def parse_chain(ders: Sequence[bytes]) -> "list[Certificate]":
     """Raises FormatError, Unsupported without the package."""
     need_cryptography()
-    from cryptography.utils import CryptographyDeprecationWarning
     from cryptography.x509 import load_der_x509_certificate
 
     try:
         with warnings.catch_warnings():
-            # Of certificates that RFC 5280 forbids; who reads an error need not read it twice.
-            warnings.simplefilter("error", CryptographyDeprecationWarning)
-            return [load_der_x509_certificate(der) for der in ders]
+            # What RFC 5280 forbids is no certificate. Of this module only: threads share filters.
+            warnings.filterwarnings("error", module=__name__)
+            chain = [load_der_x509_certificate(der) for der in ders]
+            for certificate in chain:  # parsed when they are asked for
+                _ = (certificate.subject, certificate.issuer, certificate.extensions)
+        return chain
     except Exception as error:  # the parser is another's, and its input hostile
         raise FormatError(_RECORD, "x5c", 0, f"no certificate: {str(error)[:200]}") from error
 

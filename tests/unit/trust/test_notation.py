@@ -2,6 +2,7 @@
 
 import json
 import time
+from base64 import b64decode
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -286,3 +287,17 @@ def test_a_clock_that_is_far_off(snapshot, signer):
     assert signature.accept(requirement, target, time.time)
     with pytest.raises(NotAccepted, match="not yet valid now"):
         signature.accept(requirement, target, lambda: 0.0)
+
+
+def test_certificates_that_the_parser_only_warns_of(recwarn):
+    """A registry shall not print on a terminal either."""
+    golden = Path(__file__).parents[2] / "golden/signatures/notation.jws.json"
+    der = b64decode(json.loads(golden.read_bytes())["header"]["x5c"][0])
+    certificates.parse_chain([der])
+    negative = der.replace(b"\x02\x02\x00\x82", b"\x02\x02\x80\x82", 1)  # the serial number
+    country = der.replace(b"\x55\x04\x0a", b"\x55\x04\x06", 1)  # as long as an organisation
+    for changed in (negative, country):
+        assert changed != der
+        with pytest.raises(FormatError, match="no certificate"):
+            certificates.parse_chain([changed])
+    assert not recwarn.list
