@@ -5,7 +5,7 @@ from pathlib import Path
 from imgsnap.errors import InvalidArgument, NotFound
 from imgsnap.trust.identity import Match, SignedIdentity
 from imgsnap.trust.policy import Policy, SigstoreSigned
-from imgsnap.trust.policy_parse import KEY_SIZE_MAX, POLICY_SIZE_MAX, parse_policy
+from imgsnap.trust.policy_parse import KEY, KEY_SIZE_MAX, POLICY_SIZE_MAX, parse_policy
 
 
 def load_policy(path: Path) -> Policy:
@@ -27,11 +27,13 @@ def parse_text(text: str) -> Policy:
 
 def policy_of_key(path: Path) -> Policy:
     """Asks for a signature by the key in a file, of this manifest, whatever it says besides: what
-    `cosign verify --key` asks for. Raises NotFound."""
+    `cosign verify --key` asks for. Raises NotFound, InvalidArgument."""
     try:
         key = _read(path, KEY_SIZE_MAX)
     except OSError as error:
         raise NotFound(f"key {path}: {error.strerror}") from error
+    if len(key) > KEY_SIZE_MAX or f"-----BEGIN {KEY}-----".encode() not in key:
+        raise InvalidArgument(f"{path} holds no {KEY} in PEM form", hint="as cosign.pub does")
     return Policy((SigstoreSigned((key,), SignedIdentity(Match.DIGEST_ONLY)),), {})
 
 

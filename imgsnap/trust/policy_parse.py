@@ -35,6 +35,8 @@ KEY_SIZE_MAX = 64 << 10
 LIST_MAX = 64
 """Requirements of a scope, keys of a requirement, trusted identities."""
 TEXT_MAX = 4096
+KEY, CERTIFICATE = "PUBLIC KEY", "CERTIFICATE"
+"""PEM labels (RFC 7468). What is between them is looked at when a signature is."""
 
 USED = frozenset({"docker", "oci", "oci-archive", "docker-archive"})
 UNUSED = frozenset(
@@ -153,7 +155,7 @@ class _Parser:
             )
         names = ("keyPath", "keyPaths", "keyData", "keyDatas")
         self._only(value, where, {"type", "signedIdentity", *names})
-        keys = self._files(value, where, names)
+        keys = self._files(value, where, names, KEY)
         if "signedIdentity" not in value:
             return SigstoreSigned(keys, SignedIdentity())
         inner = f"{where}.signedIdentity"
@@ -164,7 +166,7 @@ class _Parser:
     def _notation(self, value: dict[str, Any], where: str) -> NotationSigned:
         names = ("rootPath", "rootPaths", "rootData", "rootDatas")
         self._only(value, where, {"type", "trustedIdentities", *names})
-        roots = self._files(value, where, names)
+        roots = self._files(value, where, names, CERTIFICATE)
         inner = f"{where}.trustedIdentities"
         texts = [
             self._text(item, inner) for item in self._list(value.get("trustedIdentities"), inner)
@@ -211,9 +213,9 @@ class _Parser:
         return str(found)
 
     def _files(
-        self, value: dict[str, Any], where: str, names: tuple[str, ...]
+        self, value: dict[str, Any], where: str, names: tuple[str, ...], label: str
     ) -> tuple[bytes, ...]:
-        """Exactly one of `names`: a path, paths, base64 data, datas."""
+        """Exactly one of `names`: a path, paths, base64 data, datas; each PEM with this label."""
         given = [name for name in names if name in value]
         if len(given) != 1:
             raise self._wrong(where, f"needs exactly one of {', '.join(names)}")
@@ -223,19 +225,22 @@ class _Parser:
         if not items:
             raise self._wrong(field, "is empty")
         load = self._from_path if "Path" in name else self._from_data
-        return tuple(load(item, field) for item in items)
+        found = tuple(self._sized(load(item, field), field) for item in items)
+        if not all(f"-----BEGIN {label}-----".encode() in data for data in found):
+            raise self._wrong(field, f"holds no {label} in PEM form")
+        return found
 
     def _from_path(self, item: object, where: str) -> bytes:
         path = self._text(item, where)
         try:
-            return self._sized(self._read(path), where)
+            return self._read(path)
         except OSError as error:
             raise self._wrong(where, f"{path}: {error.strerror}") from error
 
     def _from_data(self, item: object, where: str) -> bytes:
         text = self._text(item, where, length_max=2 * KEY_SIZE_MAX)
         try:
-            return self._sized(b64decode(text, validate=True), where)
+            return b64decode(text, validate=True)
         except (ValueError, binascii.Error) as error:
             raise self._wrong(where, "is not base64") from error
 

@@ -591,13 +591,14 @@ def signed_things() -> tuple[SignedTarget, Name, tuple[bytes, ...]]:
 
 def policies() -> list[bytes]:
     key = b64encode((SIGNATURES / "cosign-2.pub").read_bytes()).decode()
+    root = b64encode((SIGNATURES / "notation.crt").read_bytes()).decode()
     remap = {"type": "remapIdentity", "prefix": "a.test", "signedPrefix": "b.test"}
     requirements = [
         {"type": "sigstoreSigned", "keyData": key, "signedIdentity": remap},
         {"type": "sigstoreSigned", "keyPaths": ["k"], "signedIdentity": {"type": "matchExact"}},
         {
             "type": "imgsnapNotationSigned",
-            "rootDatas": [key],
+            "rootDatas": [root],
             "trustedIdentities": ["x509.subject: C=US, ST=a\\,b, O=x"],
         },
     ]
@@ -608,8 +609,9 @@ def policies() -> list[bytes]:
 
 @target("policy", seeds=policies, words=(*JSON_WORDS, b"x509.subject: ", b"\\", b"*."))
 def _(data: bytes) -> None:
-    policy = parse_policy(data, lambda name: b"key")
-    assert parse_policy(policy.to_text().encode(), lambda name: b"key") == policy
+    pem = (SIGNATURES / "cosign-2.pub").read_bytes()
+    policy = parse_policy(data, lambda name: pem)
+    assert parse_policy(policy.to_text().encode(), lambda name: b"") == policy
     policy.requirements(Name("docker", "a.test:5000/x", "1"))
 
 

@@ -18,12 +18,14 @@ from imgsnap.trust.policy_parse import KEY_SIZE_MAX, LIST_MAX, POLICY_SIZE_MAX, 
 from imgsnap.trust.subjects import TrustedSubject, parse_subject
 
 REJECT: list[Any] = [{"type": "reject"}]
-DATA = b64encode(b"key").decode()
+PEM = b"-----BEGIN PUBLIC KEY-----\n-----BEGIN CERTIFICATE-----\n"
+"""As far as a policy's parser looks."""
+DATA = b64encode(PEM).decode()
 DIGEST = "sha256:" + "ab" * 32
 
 
 def parse(value: object) -> Policy:
-    return parse_policy(json.dumps(value).encode(), lambda name: b"file " + name.encode(), file="f")
+    return parse_policy(json.dumps(value).encode(), lambda name: PEM + name.encode(), file="f")
 
 
 def one(requirement: dict[str, Any]) -> Any:
@@ -34,15 +36,15 @@ def test_requirements():
     assert one({"type": "insecureAcceptAnything"}) == AcceptAnything()
     assert one({"type": "reject"}) == Reject()
     key = {"type": "sigstoreSigned", "keyData": DATA}
-    assert one(key) == SigstoreSigned((b"key",), SignedIdentity(Match.REPO_DIGEST_OR_EXACT))
+    assert one(key) == SigstoreSigned((PEM,), SignedIdentity(Match.REPO_DIGEST_OR_EXACT))
     paths = {"type": "sigstoreSigned", "keyPaths": ["/a", "b"]}
-    assert one(paths).keys == (b"file /a", b"file b")
+    assert one(paths).keys == (PEM + b"/a", PEM + b"b")
     remap = {"type": "remapIdentity", "prefix": "mirror.test", "signedPrefix": "vendor.test"}
     assert one(key | {"signedIdentity": remap}).identity == SignedIdentity(
         Match.REMAP, "mirror.test", "vendor.test"
     )
     notation = {"type": "imgsnapNotationSigned", "rootPath": "r", "trustedIdentities": ["*"]}
-    assert one(notation) == NotationSigned((b"file r",), ())
+    assert one(notation) == NotationSigned((PEM + b"r",), ())
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,7 @@ def test_requirements():
         ({"default": [{"type": "sigstoreSigned", "keyPaths": "a"}]}, "keyPaths: is not a list"),
         ({"default": [{"type": "sigstoreSigned", "keyDatas": []}]}, "keyDatas: is empty"),
         ({"default": [{"type": "sigstoreSigned", "keyData": "?"}]}, "keyData: is not base64"),
+        ({"default": [{"type": "sigstoreSigned", "keyData": "eA=="}]}, "keyData: holds no PUBLIC"),
         (
             {"default": [{"type": "sigstoreSigned", "keyData": DATA, "signedIdentity": {}}]},
             "signedIdentity.type",
@@ -156,7 +159,7 @@ def test_limits():
         )
     many = {"default": [{"type": "sigstoreSigned", "keyPaths": ["k"] * 4}]}
     with pytest.raises(InvalidArgument, match="with its keys"):
-        parse_policy(json.dumps(many).encode(), lambda name: bytes(KEY_SIZE_MAX))
+        parse_policy(json.dumps(many).encode(), lambda name: PEM.ljust(KEY_SIZE_MAX))
     with pytest.raises(InvalidArgument, match="json_size_max"):
         parse_policy(b" " * (POLICY_SIZE_MAX + 1), lambda name: b"")
 
@@ -166,12 +169,15 @@ def test_files(tmp_path):
         load_policy(tmp_path / "none")
     with pytest.raises(NotFound):
         policy_of_key(tmp_path / "none")
-    (tmp_path / "key").write_bytes(b"one")
+    (tmp_path / "key").write_bytes(b"nonsense")
+    with pytest.raises(InvalidArgument, match="key holds no PUBLIC KEY"):
+        policy_of_key(tmp_path / "key")
+    (tmp_path / "key").write_bytes(PEM)
     file = tmp_path / "policy.json"
     file.write_text('{"default": [{"type": "sigstoreSigned", "keyPath": "key"}]}')
     first = load_policy(file)
-    assert first.default[0].keys == (b"one",)  # beside the file
-    (tmp_path / "key").write_bytes(b"two")
+    assert first.default[0].keys == (PEM,)  # beside the file
+    (tmp_path / "key").write_bytes(PEM + b"two")
     assert load_policy(file).digest != first.digest
     (tmp_path / "key").unlink()
     with pytest.raises(InvalidArgument, match=r"keyPath: .*No such file"):
