@@ -121,6 +121,13 @@ class Busy(ImgsnapError):
     errno = _errno.EBUSY
 
 
+class NotTrusted(ImgsnapError):
+    """No signature fulfils what the policy asks for."""
+
+    exit_code = 11
+    errno = _errno.EACCES
+
+
 class OutOfTime(ImgsnapError):
     """It was not done in the time that the user gave it."""
 

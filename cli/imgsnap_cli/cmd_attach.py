@@ -13,6 +13,7 @@ from imgsnap_cli.places import (
     boot_pack_names,
     boot_pack_option,
     platform_option,
+    policy_option,
     reading,
     reading_flags,
     registry_flags,
@@ -48,6 +49,7 @@ UBLK_ID_MAX = (1 << 20) - 1
     help="A file, or a disk /dev/ublkbN where the kernel has ublk",
 )
 @click.option("--ublk-id", type=click.IntRange(0, UBLK_ID_MAX), help="N of the disk to make")
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(

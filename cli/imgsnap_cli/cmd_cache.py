@@ -8,7 +8,7 @@ import click
 
 from imgsnap.units import format_size
 from imgsnap_cli.output import format_option, print_json, print_table
-from imgsnap_cli.places import Places, node_cache, platform_option, registry_flags
+from imgsnap_cli.places import Places, node_cache, platform_option, policy_option, registry_flags
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ def quota(settings: Settings, /, size: str | None) -> None:
 @click.argument("ref")
 @click.option("--name", default=DEFAULT_HOLDER, show_default=True, help="Who needs it")
 @platform_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def pin(settings: Settings, /, ref: str, name: str, platform: str | None, **flags: Any) -> None:

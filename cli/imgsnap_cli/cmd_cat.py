@@ -9,7 +9,7 @@ import click
 from imgsnap.errors import InvalidArgument
 from imgsnap.formats.layer_index import Kind
 from imgsnap.units import MIB
-from imgsnap_cli.places import Places, platform_option, registry_flags
+from imgsnap_cli.places import Places, platform_option, policy_option, registry_flags
 from imgsnap_cli.settings import Settings
 
 
@@ -17,6 +17,7 @@ from imgsnap_cli.settings import Settings
 @click.argument("ref")
 @click.argument("path")
 @platform_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(settings: Settings, /, ref: str, path: str, platform: str | None, **flags: Any) -> None:

@@ -49,7 +49,7 @@ def command(
     directory = work_dir or settings.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108
     with ExitStack() as stack:
         work = Path(stack.enter_context(TemporaryDirectory(dir=directory, prefix="imgsnap-check-")))
-        snapshot = places.snapshot(stack, ref, platform)
+        snapshot = places.any_snapshot(stack, ref, platform)
         device = work / "device"
         verified = materialise(snapshot, device)
         root_hash = check_tree(snapshot.config, device, work / "hash-tree")

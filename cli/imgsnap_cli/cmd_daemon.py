@@ -3,7 +3,7 @@
 import click
 
 from imgsnap_cli.output import format_option, print_json, print_table
-from imgsnap_cli.places import quota
+from imgsnap_cli.places import policy_option, quota
 from imgsnap_cli.settings import Settings
 
 
@@ -21,6 +21,7 @@ def command() -> None:
 @click.option(
     "--metrics", metavar="[ADDRESS:]PORT", help="Serve metrics over HTTP there [IMGSNAP_METRICS]"
 )
+@policy_option
 @click.pass_obj
 def run(settings: Settings, /, metrics: str | None) -> int:
     """Answer commands until SIGTERM. What is mounted stays mounted and is served on.
@@ -30,7 +31,8 @@ def run(settings: Settings, /, metrics: str | None) -> int:
     """
     from imgsnap.node.daemon import run_daemon
 
-    return run_daemon(settings.run, settings.cache, quota(settings), metrics or settings.metrics)
+    metrics = metrics or settings.metrics
+    return run_daemon(settings.run, settings.cache, quota(settings), metrics, settings.policy)
 
 
 @command.command(short_help="Run the supervisor in the foreground (for service managers)")

@@ -10,7 +10,7 @@ import click
 
 from imgsnap.formats.layer_index import Kind
 from imgsnap_cli.output import format_option, print_json, printable
-from imgsnap_cli.places import Places, platform_option, registry_flags
+from imgsnap_cli.places import Places, platform_option, policy_option, registry_flags
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _TYPE_BITS = {
 @click.option("-l", "--long", "long_", is_flag=True, help="As ls -l")
 @platform_option
 @format_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(

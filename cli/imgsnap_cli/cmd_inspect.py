@@ -43,7 +43,7 @@ def command(
             repository, reference = places.reader(stack, ref)
             sys.stdout.buffer.write(repository.manifest(reference).raw)
             return
-        snapshot = places.snapshot(stack, ref, platform)
+        snapshot = places.any_snapshot(stack, ref, platform)
         value = {**describe(snapshot), "bootPacks": _boot_packs(snapshot)}
     if format_ == "json":
         print_json(value)

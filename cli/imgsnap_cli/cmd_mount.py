@@ -11,6 +11,7 @@ from imgsnap_cli.places import (
     boot_pack_names,
     boot_pack_option,
     platform_option,
+    policy_option,
     reading,
     reading_flags,
     registry_flags,
@@ -26,6 +27,7 @@ from imgsnap_cli.settings import Settings
 @platform_option
 @reading_flags
 @format_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(

@@ -8,7 +8,7 @@ import click
 
 from imgsnap.units import BLOCK_SIZE, format_size
 from imgsnap_cli.output import format_option, print_json
-from imgsnap_cli.places import Places, platform_option, registry_flags
+from imgsnap_cli.places import Places, platform_option, policy_option, registry_flags
 from imgsnap_cli.settings import Settings
 
 
@@ -27,6 +27,7 @@ from imgsnap_cli.settings import Settings
 @click.option("--work-dir", metavar="DIR", help="For temporary files [TMPDIR, /var/tmp]")
 @platform_option
 @format_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from imgsnap_cli.copying import copy
-from imgsnap_cli.places import Places, platform_option, registry_flags
+from imgsnap_cli.places import Places, platform_option, policy_option, registry_flags
 from imgsnap_cli.progress import progress_option
 from imgsnap_cli.settings import Settings
 
@@ -21,6 +21,7 @@ from imgsnap_cli.settings import Settings
 @click.option("--snapshotter", metavar="NAME", help="Our name in containerd [imgsnap]")
 @platform_option
 @progress_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(
@@ -52,7 +53,8 @@ def command(
         return
     if namespace or address or snapshotter or platform:
         raise click.UsageError("--namespace, --address, --snapshotter, --platform: --containerd's")
-    copy(settings, flags, ref, name or default_name(ref), progress)
+    admit = Places(settings, flags).admission() if settings.policy is not None else None
+    copy(settings, flags, ref, name or default_name(ref), progress, admit)
 
 
 def _into_containerd(

@@ -10,6 +10,7 @@ from imgsnap_cli.places import (
     boot_pack_names,
     boot_pack_option,
     platform_option,
+    policy_option,
     reading,
     reading_flags,
     registry_flags,
@@ -27,6 +28,7 @@ from imgsnap_cli.settings import Settings
 @boot_pack_option
 @platform_option
 @reading_flags
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(

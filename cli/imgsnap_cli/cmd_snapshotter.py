@@ -12,6 +12,7 @@ from imgsnap_cli.output import format_option, print_json, print_table
 from imgsnap_cli.places import (
     Places,
     boot_pack_names,
+    policy_option,
     quota,
     reading,
     reading_flags,
@@ -75,6 +76,7 @@ def command() -> None:
 )
 @click.option("--one-file", is_flag=True, help="Mount every snapshot from one file, for Kata")
 @reading_flags
+@policy_option
 @registry_flags
 @click.pass_obj
 def run(
@@ -165,6 +167,7 @@ def _node(
         registry=replace(registry, pod_credentials=settings.run / credentials.FILE_NAME),
         environ=settings.environ,
         cache_quota=quota(settings),
+        policy=settings.policy,
         read=read,
     )
 

@@ -10,7 +10,7 @@ import click
 
 from imgsnap.errors import InvalidArgument
 from imgsnap.node.client import trace_of_mount
-from imgsnap_cli.places import Places, platform_option, reading, registry_flags
+from imgsnap_cli.places import Places, platform_option, policy_option, reading, registry_flags
 from imgsnap_cli.running import bundle_directory, keep_trace, mount_root, run_in_snapshot
 from imgsnap_cli.settings import Settings
 
@@ -47,6 +47,7 @@ class TimeOver(BaseException):
     help="What has been read so far from a mounted snapshot, instead of running a command",
 )
 @platform_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(

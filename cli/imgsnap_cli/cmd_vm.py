@@ -19,6 +19,7 @@ from imgsnap_cli.places import (
     boot_pack_names,
     boot_pack_option,
     platform_option,
+    policy_option,
     reading,
     reading_flags,
     registry_flags,
@@ -119,6 +120,7 @@ def command() -> None:
 @boot_pack_option
 @platform_option
 @reading_flags
+@policy_option
 @registry_flags
 @click.pass_obj
 def run(
@@ -264,7 +266,7 @@ class _Run:
                 hint="leave out --dax, or convert the image without --verity",
             )
         with ExitStack() as stack:
-            snapshot = self._places.snapshot(stack, self._ref, None, digest)
+            snapshot = self._places.any_snapshot(stack, self._ref, None, digest)
             reader = stack.enter_context(self._places.block_reader(snapshot))
             if not reader.local:
                 raise Unsupported(

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from imgsnap.units import format_size
-from imgsnap_cli.places import Places, node_cache, platform_option, registry_flags
+from imgsnap_cli.places import Places, node_cache, platform_option, policy_option, registry_flags
 from imgsnap_cli.progress import make_progress, progress_option
 from imgsnap_cli.settings import Settings
 
@@ -16,6 +16,7 @@ from imgsnap_cli.settings import Settings
 @click.option("--pin", "holder", metavar="NAME", help="Keep it from eviction, for NAME")
 @platform_option
 @progress_option
+@policy_option
 @registry_flags
 @click.pass_obj
 def command(

@@ -41,6 +41,7 @@ COMMANDS = {
     "snapshotter": "Run and look after the containerd snapshotter",
     "trace": "Record which blocks a start reads",
     "umount": "Unmount a snapshot",
+    "verify": "Show who signed a snapshot, and check it by a policy",
     "version": "Print versions",
     "vm": "Run images in microVMs",
     "warm": "Fill the node's cache with a snapshot",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imgsnap.blockstore.node_cache import NodeCache
     from imgsnap.blockstore.read_options import ReadOptions
     from imgsnap.blockstore.reader import BlockReader
+    from imgsnap.blockstore.resolve import Admit
     from imgsnap.blockstore.snapshot import Snapshot
     from imgsnap.formats.snapshot_config import SnapshotConfig
     from imgsnap.node.request import AttachRequest
@@ -54,6 +55,21 @@ def boot_pack_names(name: str | None, preferred: str | None = None) -> tuple[str
         return (check_name(name),)
     return (preferred, AUTO) if preferred else (AUTO,)
 
+
+def _take_policy(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> None:
+    """The flag goes where the variable is."""
+    if value is not None:
+        ctx.obj = replace(ctx.obj, policy=value.absolute())
+
+
+policy_option = click.option(
+    "--policy",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    expose_value=False,
+    callback=_take_policy,
+    help="Whose signatures it needs [IMGSNAP_POLICY]",
+)
 
 platform_option = click.option("--platform", metavar="OS/ARCH", help="Of an index [this machine's]")
 
@@ -115,7 +131,8 @@ class Places:
         """The repository of a reference and its tag or digest."""
         from imgsnap.oci.reference import parse_location
 
-        repository, reference = self._open(parse_location(text), create=False)
+        # Absolute: policies and the node cache know a layout by its name.
+        repository, reference = self._open(_absolute(parse_location(text)), create=False)
         stack.enter_context(closing(repository))
         return repository, reference
 
@@ -193,18 +210,48 @@ class Places:
         options.connection_options()  # refused here, where the user sees it at once
         return options
 
-    def snapshot(
+    def snapshot(self, stack: ExitStack, text: str, platform: str | None) -> "Snapshot":
+        """The snapshot that a reference names, through the node cache, if the policy accepts it."""
+        return self._snapshot(stack, text, platform, None, self.admission())
+
+    def any_snapshot(
         self, stack: ExitStack, text: str, platform: str | None, digest: str | None = None
     ) -> "Snapshot":
-        """The snapshot that a reference names, or that has `digest`, through the node cache."""
+        """As `snapshot`, whoever signed it: to look at, not to use. With `digest` the one that has
+        it, whatever the reference names by now."""
+        from imgsnap.blockstore.resolve import admit_all
+
+        return self._snapshot(stack, text, platform, digest, admit_all)
+
+    def _snapshot(
+        self,
+        stack: ExitStack,
+        text: str,
+        platform: str | None,
+        digest: str | None,
+        admit: "Admit",
+    ) -> "Snapshot":
         from imgsnap.blockstore.snapshot import open_snapshot
 
         repository, reference = self.reader(stack, text)
         cache = node_cache(self._settings)
-        found = digest or reference
-        snapshot = open_snapshot(repository, found, cache, platform=_platform(platform))
+        found, wanted = digest or reference, _platform(platform)
+        snapshot = open_snapshot(repository, found, cache, platform=wanted, admit=admit)
         stack.callback(snapshot.close)
         return snapshot
+
+    def admission(self) -> "Admit":
+        """Who lets snapshots be opened by this process. Raises what reading the policy raises."""
+        from imgsnap.node.policies import admission
+
+        return admission(self._policies(), node_cache(self._settings))
+
+    def _policies(self) -> tuple[str, ...]:
+        if self._settings.policy is None:
+            return ()
+        from imgsnap.node.policies import policy_text
+
+        return (policy_text(self._settings.policy),)
 
     def mount_arguments(
         self,
@@ -245,7 +292,8 @@ class Places:
             self.registry_options(),
             Source.kept_environ(self._settings.environ),
         )
-        return AttachRequest(source, reference_of(location), _platform(platform), read)
+        reference = reference_of(location)
+        return AttachRequest(source, reference, _platform(platform), read, self._policies())
 
     def attach(
         self, text: str, platform: str | None, read: "ReadOptions", **how: Any
@@ -255,7 +303,14 @@ class Places:
 
         settings = self._settings
         request = self.attach_request(text, platform, read)
-        return attach(request, settings.run, settings.cache, cache_quota=quota(settings), **how)
+        return attach(
+            request,
+            settings.run,
+            settings.cache,
+            cache_quota=quota(settings),
+            policy=settings.policy,
+            **how,
+        )
 
     def image_config(
         self, stack: ExitStack, text: str, digest: str
@@ -308,8 +363,15 @@ def quota(settings: Settings) -> int | None:
 
 def _lasting(location: "Location") -> str:
     """The location as any process may read it, whatever its working directory is."""
-    path = getattr(location, "path", None)
-    return str(replace(location, path=path.absolute()) if path is not None else location)
+    return str(_absolute(location))
+
+
+def _absolute(location: "Location") -> "Location":
+    from imgsnap.oci.reference import RegistryLocation, StoreLocation
+
+    if isinstance(location, RegistryLocation | StoreLocation):
+        return location
+    return replace(location, path=location.path.absolute())
 
 
 def _rate(text: str | None) -> int:

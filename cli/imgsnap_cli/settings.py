@@ -20,6 +20,7 @@ class Settings:
     run: Path
     hosts: Path  # hosts.toml files: mirrors of registries
     cache_quota: str | None  # as it was given; None: the one kept with the cache
+    policy: Path | None  # whose signatures snapshots need; None: nobody's
     metrics: str | None  # where the daemon serves metrics: [ADDRESS:]PORT
     trust: tuple[str, ...]  # patterns of repositories whose snapshots of images are used
     convert: tuple[str, ...]  # and of those whose images are converted on first use
@@ -54,12 +55,17 @@ class Settings:
             run=Path(run or environ.get("IMGSNAP_RUN_DIR") or runtime).absolute(),
             hosts=Path(environ.get("IMGSNAP_HOSTS_DIR") or CONTAINERD_HOSTS).absolute(),
             cache_quota=cache_quota or environ.get("IMGSNAP_CACHE_QUOTA") or None,
+            policy=_path(environ.get("IMGSNAP_POLICY")),
             metrics=environ.get("IMGSNAP_METRICS") or None,
             trust=tuple(environ.get("IMGSNAP_TRUST", "").split()),
             convert=tuple(environ.get("IMGSNAP_CONVERT", "").split()),
             snapshotter_metrics=environ.get("IMGSNAP_SNAPSHOTTER_METRICS") or None,
             environ=dict(environ),
         )
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text).absolute() if text else None
 
 
 def _bases(environ: Mapping[str, str]) -> tuple[Path, Path, Path]:

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from imgsnap.blockstore.node_cache import NodeCache
@@ -19,10 +19,28 @@ _log = logging.getLogger(__name__)
 
 
 class Resolution(NamedTuple):
-    """A snapshot's manifest; `stale` when an unreachable registry was replaced by the cache."""
+    """What a reference named; `stale` when an unreachable registry was replaced by the cache.
 
-    manifest: RawManifest
+    `documents` begin with the snapshot's manifest. Those that follow led to it and commit to it by
+    digest: the converted image, the index. An image of which it is a referrer does not.
+    """
+
+    documents: tuple[RawManifest, ...]
     stale: bool
+
+    @property
+    def manifest(self) -> RawManifest:
+        """The snapshot's."""
+        return self.documents[0]
+
+
+Admit = Callable[[Repository, str, Sequence[RawManifest]], None]
+"""Called with repository, reference and `Resolution.documents` before anything else of a snapshot
+is fetched or used. Raises what is to become of the opening."""
+
+
+def admit_all(repository: Repository, reference: str, documents: Sequence[RawManifest]) -> None:
+    """Whoever made it: the digest is right."""
 
 
 def resolve_snapshot(
@@ -37,10 +55,10 @@ def resolve_snapshot(
     """
     cached = _cached_manifest(cache, reference)
     if cached and manifest_kind(cached).is_snapshot:
-        return Resolution(cached, stale=False)
+        return Resolution((cached,), stale=False)
     key = _key(repository.name, reference, platform)
     try:
-        manifest = _ask(repository, reference, cache, platform)
+        documents = _ask(repository, reference, cache, platform)
     except Unavailable as error:
         remembered = _remembered(cache, key)
         if remembered is None:
@@ -52,11 +70,11 @@ def resolve_snapshot(
             remembered.descriptor.digest,
             reference,
         )
-        return Resolution(remembered, stale=True)
+        return Resolution((remembered,), stale=True)
     name = f"{repository.name}{'@' if reference.startswith('sha256:') else ':'}{reference}"
-    value = {"digest": manifest.descriptor.digest, "name": name}
+    value = {"digest": documents[0].descriptor.digest, "name": name}
     cache.store_tag(key, json.dumps(value).encode())
-    return Resolution(manifest, stale=False)
+    return Resolution(documents, stale=False)
 
 
 def remembered_snapshot(
@@ -82,20 +100,22 @@ def _key(repository: str, reference: str, platform: Platform | None) -> str:
 
 def _ask(
     repository: Repository, reference: str, cache: NodeCache, platform: Platform | None
-) -> RawManifest:
+) -> tuple[RawManifest, ...]:
     manifest = _manifest(repository, reference, cache)
     kind = manifest_kind(manifest)
+    above: tuple[RawManifest, ...] = ()
     if kind.entries is not None:
+        above = (manifest,)
         where = f"{repository.name}: {reference}"
         entry = _choose_entry(kind, platform or host_platform(), where)
         manifest = _manifest(repository, entry.digest, cache)
         kind = manifest_kind(manifest)
     if kind.is_snapshot:
-        return manifest
+        return (manifest, *above)
     if kind.entries is not None:
         raise NotFound(f"{repository.name}: {reference} is an index of indexes, not a snapshot")
     if kind.snapshot is not None:
-        return fetch_snapshot(repository, kind.snapshot, cache)
+        return (fetch_snapshot(repository, kind.snapshot, cache), manifest, *above)
     found = repository.referrers(manifest.descriptor.digest, ARTIFACT_SNAPSHOT)
     fitting = by_preference(found, platform)
     if not fitting:
@@ -104,7 +124,7 @@ def _ask(
             + (f" for {platform}" if found else ""),
             hint="make one with `imgsnap convert`",
         )
-    return fetch_snapshot(repository, fitting[0].digest, cache)
+    return (fetch_snapshot(repository, fitting[0].digest, cache),)
 
 
 def fetch_snapshot(repository: Repository, digest: Digest, cache: NodeCache) -> RawManifest:

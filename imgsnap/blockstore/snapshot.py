@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.resolve import resolve_snapshot
+from imgsnap.blockstore.resolve import Admit, admit_all, resolve_snapshot
 from imgsnap.blockstore.snapshot_manifest import SnapshotManifest, snapshot_manifest
 from imgsnap.digest import Digest, digest_from_raw, sha256_digest
 from imgsnap.errors import DigestMismatch, FormatError, IntegrityError, NotFound
@@ -55,18 +55,20 @@ def open_snapshot(
     *,
     platform: Platform | None = None,
     image_config: bool = False,
+    admit: Admit = admit_all,
     meanwhile: Callable[[Digest], None] = lambda digest: None,
 ) -> Snapshot:
     """Opens the snapshot that a tag or digest names, in at most two sequential round trips.
 
     (An index or an ordinary image costs more: it names the snapshot indirectly.) With
     `image_config` the cache has the source image's config afterwards, in the same round trips.
-    `meanwhile` gets the manifest's digest before parts are fetched, and is not called when all are
-    cached. Raises
+    `admit` is asked first whether it may be opened. `meanwhile` gets the manifest's digest before
+    parts are fetched, and is not called when all are cached. Raises
     IntegrityError when a blob is not what its digest says or the parts contradict each other,
-    NotFound, UnsupportedFormat, and what the repository raises.
+    NotFound, UnsupportedFormat, and what the repository and `admit` raise.
     """
     resolution = resolve_snapshot(repository, reference, cache, platform)
+    admit(repository, reference, resolution.documents)
     manifest = snapshot_manifest(resolution.manifest)
     also = [manifest.image_config] if image_config and manifest.image_config is not None else []
     config, metadata, chunk_map = _load_parts(repository, manifest, cache, also, meanwhile)

@@ -8,7 +8,7 @@ from imgsnap.blockstore.fetcher import DEFAULT_THREADS, Fetcher
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.blockstore.read_options import Prefetch, ReadOptions
 from imgsnap.blockstore.reader import BlockReader
-from imgsnap.blockstore.resolve import is_known
+from imgsnap.blockstore.resolve import Admit, admit_all, is_known
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
 from imgsnap.oci.repository import Platform, Repository
 
@@ -52,8 +52,10 @@ class BlockStore:
         *,
         platform: Platform | None = None,
         options: ReadOptions | None = None,
+        admit: Admit = admit_all,
     ) -> Device:
-        """Opens the snapshot that a tag or digest names. Raises what `open_snapshot` raises.
+        """Opens the snapshot that a tag or digest names, if `admit` lets it. Raises what
+        `open_snapshot` raises.
 
         Its boot pack is looked for while the snapshot's parts are fetched, and not at all when
         everything is local. Not before, though a digest would say enough: the pack would be ahead
@@ -71,6 +73,7 @@ class BlockStore:
                 self.cache,
                 platform=platform,
                 image_config=options.image_config,
+                admit=admit,
                 meanwhile=boot.start if boot is not None else lambda digest: None,
             )
             reader = self.reader(snapshot, options, boot)

@@ -29,6 +29,7 @@ from imgsnap.mount.boot_phase import BootPhase
 from imgsnap.node.attachments import UBLK, Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
+from imgsnap.node.policies import admission
 from imgsnap.node.process_usage import process_usage
 from imgsnap.node.request import AttachRequest
 from imgsnap.node.rpc import Answer, Server
@@ -164,6 +165,7 @@ class BlockServer:
             request.reference,
             platform=request.platform,
             options=options,
+            admit=admission(request.policies, self._store.cache),
         )
         snapshot = device.snapshot
         attachment = Attachment(

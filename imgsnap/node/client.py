@@ -74,6 +74,7 @@ def attach(
     cache_dir: Path,
     *,
     cache_quota: int | None = None,
+    policy: Path | None = None,
     process: "ProcessId | None" = None,
     via: str = "fuse",
     number: int | None = None,
@@ -81,14 +82,14 @@ def attach(
     """Has a snapshot's device served as a file for VMMs, or `via` "ublk" as a disk: `path`,
     `device_size`, `id` and what else an attachment's record has.
 
-    A daemon is started when none runs, with this cache and quota, and stays. With `process` it is
-    attached for that process alone: until `release`, at most until the process ends. Raises what
-    attaching raises, InvalidArgument for a daemon with another cache; for a disk Unsupported
-    without the driver, AlreadyExists when the `number` it is to have is taken.
+    A daemon is started when none runs, with this cache, quota and policy (a file), and stays. With
+    `process` it is attached for that process alone: until `release`, at most until the process
+    ends. Raises what attaching raises, InvalidArgument for a daemon with another cache; for a disk
+    Unsupported without the driver, AlreadyExists when the `number` it is to have is taken.
     """
     from imgsnap.node.daemon import ensure_daemon
 
-    ensure_daemon(run_dir, cache_dir, cache_quota)
+    ensure_daemon(run_dir, cache_dir, cache_quota, policy)
     found: dict[str, Any] = rpc.call(
         NodePlaces(Path(os.path.realpath(run_dir))).control_socket,
         "attach",

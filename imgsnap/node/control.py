@@ -17,6 +17,7 @@ from imgsnap.node import rpc
 from imgsnap.node.block_calls import CALL_TIMEOUT_S, BlockCalls
 from imgsnap.node.mounting import Mounting
 from imgsnap.node.places import NodePlaces
+from imgsnap.node.policies import DaemonPolicy
 from imgsnap.node.users import Users
 from imgsnap.node.vmm_attach import VmmAttach
 
@@ -24,15 +25,19 @@ from imgsnap.node.vmm_attach import VmmAttach
 class Control:
     """The operations behind the control socket. Safe for threads."""
 
-    def __init__(self, run_dir: Path, cache_dir: Path) -> None:
+    def __init__(self, run_dir: Path, cache_dir: Path, policy: Path | None = None) -> None:
+        """`policy` is a file that everything opened here must be accepted by."""
         self.places = NodePlaces(run_dir)
         self._cache_dir = cache_dir
         self._started = time.time()
         self._known_supervisor: ProcessId | None = None
         block = BlockCalls(self.places.server.block_socket)
         users = Users(self.places, block)
-        self.mounting = Mounting(self.places, cache_dir, block, users, self._supervisor_process)
-        self._vmm = VmmAttach(self.places, block, users)
+        self._policy = DaemonPolicy(policy)
+        self.mounting = Mounting(
+            self.places, cache_dir, block, users, self._supervisor_process, self._policy
+        )
+        self._vmm = VmmAttach(self.places, block, users, self._policy)
 
     def handlers(self) -> dict[str, rpc.Handler]:
         return {
@@ -53,6 +58,7 @@ class Control:
             "version": __version__,
             "started": self._started,
             "supervisor": self._supervisor(),
+            "policy": str(self._policy.path) if self._policy.path else None,
             **self.place({}),
         }
 

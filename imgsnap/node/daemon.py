@@ -25,6 +25,7 @@ from imgsnap.node import rpc, systemd
 from imgsnap.node.block_server import start_log
 from imgsnap.node.control import Control
 from imgsnap.node.places import NodePlaces
+from imgsnap.node.policies import check_policy
 from imgsnap.node.supervise import command
 
 SUPERVISOR_TIMEOUT_S = 20.0
@@ -42,13 +43,21 @@ _log = logging.getLogger(__name__)
 
 
 def run_daemon(
-    run_dir: Path, cache_dir: Path, cache_quota: int | None, metrics: str | None = None
+    run_dir: Path,
+    cache_dir: Path,
+    cache_quota: int | None,
+    metrics: str | None = None,
+    policy: Path | None = None,
 ) -> int:
     """Answers calls until SIGTERM; mounts and the block server stay. SIGUSR2 makes it the program
-    that is installed now. `metrics` is an address and port to serve them on.
+    that is installed now. `metrics` is an address and port to serve them on, `policy` the file of
+    a policy that everything opened must be accepted by.
 
-    Raises AlreadyExists when a daemon runs, AccessDenied, OSError, and what MetricsServer raises.
+    Raises AlreadyExists when a daemon runs, AccessDenied, OSError, what MetricsServer raises, and
+    what a policy that cannot be used raises.
     """
+    if policy is not None:
+        check_policy(policy)
     run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     linux.name_process("imgsnap-control")
@@ -63,7 +72,7 @@ def run_daemon(
             if not passed:
                 places.control_socket.unlink(missing_ok=True)
             raise
-    control = Control(run_dir, cache_dir)
+    control = Control(run_dir, cache_dir, policy)
     ensure_supervisor(places, cache_dir, cache_quota)  # first: undoing asks its block server
     control.mounting.undo_half_done()
     control.know_supervisor()
@@ -155,18 +164,20 @@ def _start(program: list[str], socket: Path) -> None:
     raise Unavailable(f"{program[2]} does not answer")
 
 
-def ensure_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> None:
+def ensure_daemon(
+    run_dir: Path, cache_dir: Path, cache_quota: int | None, policy: Path | None = None
+) -> None:
     """Starts a daemon, as a process of its own that stays, unless one answers.
 
-    Raises Unavailable when it does not come up, InvalidArgument when the one that runs has another
-    cache.
+    One that answers keeps its own policy. Raises Unavailable when it does not come up,
+    InvalidArgument when the one that runs has another cache.
     """
     run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
     socket = NodePlaces(run_dir).control_socket
     try:
         running = rpc.call(socket, "place", timeout_s=CONNECT_TIMEOUT_S)
     except (rpc.NobodyListens, rpc.Interrupted):
-        _start(_program(run_dir, cache_dir, cache_quota), socket)
+        _start(_program(run_dir, cache_dir, cache_quota, policy), socket)
         return
     if running["cache"] != str(cache_dir):
         raise InvalidArgument(
@@ -175,10 +186,12 @@ def ensure_daemon(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> No
         )
 
 
-def _program(run_dir: Path, cache_dir: Path, cache_quota: int | None) -> list[str]:
-    quota = [] if cache_quota is None else [str(cache_quota)]
+def _program(
+    run_dir: Path, cache_dir: Path, cache_quota: int | None, policy: Path | None
+) -> list[str]:
+    quota = "" if cache_quota is None else str(cache_quota)
     program = [sys.executable, "-m", "imgsnap.node.daemon"]
-    return [*program, str(run_dir), str(cache_dir), *quota]
+    return [*program, str(run_dir), str(cache_dir), quota, str(policy or "")]
 
 
 def upgrade(run_dir: Path) -> dict[str, object]:
@@ -260,12 +273,18 @@ def _pid(path: Path) -> ProcessId | None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m imgsnap.node.daemon RUN CACHE [QUOTA]`, for `ensure_daemon`."""
-    run_dir, cache_dir = map(Path, arguments[:2])
+    """`python -m imgsnap.node.daemon RUN CACHE [QUOTA [POLICY]]`, for `ensure_daemon`; the last two
+    may be empty. An older version that is upgraded gives fewer."""
+    run_dir, cache_dir, quota, policy = (*arguments, "", "")[:4]
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())  # who started us may have blocked some
     try:
-        return run_daemon(run_dir, cache_dir, int(arguments[2]) if arguments[2:] else None)
+        return run_daemon(
+            Path(run_dir),
+            Path(cache_dir),
+            int(quota) if quota else None,
+            policy=Path(policy) if policy else None,
+        )
     except (ImgsnapError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

@@ -13,7 +13,7 @@ from typing import NoReturn
 from imgsnap.blockstore.cache_pins import Pin, boot_id, snapshot_parts, unpin, write_pin
 from imgsnap.blockstore.direct import DirectDevice, open_direct
 from imgsnap.blockstore.node_cache import NodeCache
-from imgsnap.blockstore.resolve import remembered_snapshot, resolve_snapshot
+from imgsnap.blockstore.resolve import Admit, remembered_snapshot, resolve_snapshot
 from imgsnap.blockstore.snapshot import Snapshot, open_snapshot
 from imgsnap.digest import Digest, as_digest, parse_digest
 from imgsnap.errors import ImgsnapError, Unavailable
@@ -21,6 +21,7 @@ from imgsnap.mount import attach, teardown
 from imgsnap.mount.records import MOUNTED, MountRecord, MountRecords
 from imgsnap.mount.tree import show_tree
 from imgsnap.node.devices import OpenRepository
+from imgsnap.node.policies import admission
 from imgsnap.node.request import AttachRequest
 from imgsnap.node.targets import MountOptions, claim
 from imgsnap.oci.cancellation import Cancellation
@@ -158,7 +159,9 @@ def find_direct(
         if digest is None:
             return None
         with ExitStack() as stack:
-            snapshot = open_snapshot(_Cached(name), digest, cache, platform=platform)
+            snapshot = open_snapshot(
+                _Cached(name), digest, cache, platform=platform, admit=_remembered(request, cache)
+            )
             stack.callback(snapshot.close)
             device = open_direct(snapshot, cache)
             if device is None:
@@ -174,6 +177,12 @@ def find_direct(
     except (ImgsnapError, OSError) as error:
         _log.info("%s is not mounted directly: %s", reference, error)
         return None
+
+
+def _remembered(request: AttachRequest, cache: NodeCache) -> Admit:
+    """Lets open what the policies have accepted before: there is nobody here to ask."""
+    admit = admission(request.policies, cache)
+    return lambda repository, _, documents: admit(repository, request.reference, documents)
 
 
 def _candidate(

@@ -20,6 +20,7 @@ from imgsnap.node.attachments import Attachment
 from imgsnap.node.block_calls import BlockCalls
 from imgsnap.node.direct_mount import mount_direct, release
 from imgsnap.node.places import NodePlaces
+from imgsnap.node.policies import DaemonPolicy
 from imgsnap.node.request import AttachRequest
 from imgsnap.node.targets import MountOptions, claim
 from imgsnap.node.users import Users
@@ -39,12 +40,14 @@ class Mounting:
         block: BlockCalls,
         users: Users,
         supervisor: Callable[[], ProcessId | None],
+        policy: DaemonPolicy,
     ) -> None:
         self._places = places
         self._cache_dir = cache_dir
         self._block = block
         self._users = users
         self._supervisor = supervisor
+        self._policy = policy
         self._records = MountRecords(places.run_dir)
 
     def mount(self, args: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +66,7 @@ class Mounting:
         rw_root = args.get("rw_root")
         try:
             return MountOptions(
-                AttachRequest.from_json(args),
+                self._policy.bind(AttachRequest.from_json(args)),
                 target=Path(args["target"]),
                 run_dir=self._places.run_dir,
                 cache_dir=self._cache_dir,

@@ -19,6 +19,7 @@ class AttachRequest:
     reference: str  # a tag or digest in the repository
     platform: Platform | None = None  # None: this machine's, or whatever the snapshot is for
     read: ReadOptions = field(default_factory=ReadOptions)
+    policies: tuple[str, ...] = ()  # whose signatures it needs: see node.policies
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -26,6 +27,7 @@ class AttachRequest:
             "reference": self.reference,
             "platform": str(self.platform) if self.platform else None,
             "options": asdict(self.read),
+            "policies": list(self.policies),
         }
 
     @classmethod
@@ -38,6 +40,7 @@ class AttachRequest:
                 str(value["reference"]),
                 parse_platform(platform) if platform else None,
                 read_options(value.get("options", {})),
+                tuple(str(policy) for policy in value.get("policies", ())),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise InvalidArgument(f"not a request to attach: {error}") from error

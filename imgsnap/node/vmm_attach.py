@@ -11,6 +11,7 @@ from imgsnap.node.attachments import DISK, UBLK
 from imgsnap.node.block_calls import BlockCalls
 from imgsnap.node.devices import DEVICE_ALIGNMENT
 from imgsnap.node.places import NodePlaces
+from imgsnap.node.policies import DaemonPolicy
 from imgsnap.node.request import AttachRequest
 from imgsnap.node.users import BY_HAND, Users, process_lives, process_user
 from imgsnap.units import align_up
@@ -22,8 +23,11 @@ _ATTEMPTS = 3
 class VmmAttach:
     """The control process's calls for VMMs. Safe for threads."""
 
-    def __init__(self, places: NodePlaces, block: BlockCalls, users: Users) -> None:
+    def __init__(
+        self, places: NodePlaces, block: BlockCalls, users: Users, policy: DaemonPolicy
+    ) -> None:
         self._places = places
+        self._policy = policy
         self._block = block
         self._users = users
 
@@ -59,6 +63,7 @@ class VmmAttach:
 
     def _attach(self, user: str, args: dict[str, Any]) -> dict[str, Any]:
         request, ublk = AttachRequest.from_json(args), args.get("via") == "ublk"
+        request = self._policy.bind(request)
         if ublk:
             from imgsnap.ublk.control import check_driver
 

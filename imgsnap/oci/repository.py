@@ -146,7 +146,7 @@ class Repository(Protocol):
         """Tags that begin with `prefix`, sorted; empty when the repository does not exist."""
 
     def referrers(self, subject: Digest, artifact_type: str) -> list[Descriptor]:
-        """Manifests whose `subject` is this digest, of this artifact type."""
+        """Manifests whose `subject` is this digest, of this artifact type; "" is every type."""
 
     def close(self) -> None: ...
 

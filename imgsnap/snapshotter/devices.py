@@ -7,8 +7,11 @@ kernel has mounted below `<root>/devices`, so a new process knows it without ask
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+from imgsnap.blockstore.node_cache import NodeCache
+from imgsnap.blockstore.resolve import fetch_snapshot
 from imgsnap.digest import Digest, digest_hex
 from imgsnap.errors import Busy, NotFound
 from imgsnap.mount import attach, linux
@@ -16,6 +19,8 @@ from imgsnap.mount.records import MountRecords
 from imgsnap.node import client, rpc
 from imgsnap.node.daemon import ensure_daemon
 from imgsnap.node.places import NodePlaces
+from imgsnap.node.policies import admission, policy_text
+from imgsnap.oci.reference import RegistryLocation, parse_location
 from imgsnap.snapshotter.locks import KeyedLocks
 from imgsnap.snapshotter.node_settings import NodeSettings
 
@@ -33,7 +38,8 @@ class NodeDevices:
         self._locks = KeyedLocks()
 
     def show(self, repository: str, snapshot: Digest) -> Path:
-        """Costs a few system calls when it is shown already."""
+        """Costs a few system calls when it is shown already, and there is no policy."""
+        self._check(repository, snapshot)
         target = self._target(snapshot)
         if self._is_served(snapshot):
             return target
@@ -41,6 +47,19 @@ class NodeDevices:
             if not self._is_served(snapshot):
                 self._mount(repository, snapshot, target)
         return target
+
+    def _check(self, repository: str, snapshot: Digest) -> None:
+        """Raises NotTrusted when the policy does not accept it. What is shown was accepted once,
+        but perhaps in another repository, or by another policy."""
+        policy = self._settings.policy
+        if policy is None:
+            return
+        cache = NodeCache(self._settings.cache_dir, quota=self._settings.cache_quota)
+        location = parse_location(f"docker://{repository}@{snapshot}")
+        assert isinstance(location, RegistryLocation)
+        with closing(self._settings.open(location)) as opened:
+            manifest = fetch_snapshot(opened, snapshot, cache)
+            admission((policy_text(policy),), cache)(opened, snapshot, (manifest,))
 
     def _is_served(self, snapshot: Digest) -> bool:
         """Whether the directory shows the daemon's EROFS of now, or one without a daemon.
@@ -69,7 +88,8 @@ class NodeDevices:
     def _mount(self, repository: str, snapshot: Digest, target: Path) -> None:
         options = self._settings.mount_options(repository, snapshot, target)
         # First: it also takes away what a daemon that died altogether has left.
-        ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota)
+        policy = self._settings.policy
+        ensure_daemon(options.run_dir, options.cache_dir, options.cache_quota, policy)
         if _file_system(target) not in (None, _file_system(target.parent)):
             _log.warning("%s is not served as it should be; showing it anew", snapshot)
             self._hide(target)

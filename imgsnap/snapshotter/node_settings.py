@@ -25,6 +25,7 @@ class NodeSettings:
     registry: RegistryOptions
     environ: Mapping[str, str]
     cache_quota: int | None = None  # bytes; None: the one kept with the cache
+    policy: Path | None = None  # a file: whose signatures snapshots need
     read: ReadOptions = field(default_factory=ReadOptions)
     trust: tuple[str, ...] = ()  # patterns of repositories; see `matches`
     convert: tuple[str, ...] = ()  # the same: whose images are converted on first use

@@ -1,6 +1,7 @@
 """`imgsnap snapshotter run` as it is installed: containerd above it, the node daemon beneath."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.support.image_builder import collect, image, sha256
 from tests.support.installed import BUSYBOX, HTTP, NAME, ours, pull, reached, run
 from tests.support.node import wait_for
 from tests.support.samples import noise, program_tar
+from tests.support.signers import Cosign
 from tests.support.tars import Item, layer_tar
 
 pytestmark = [pytest.mark.root, pytest.mark.registry]
@@ -65,6 +67,34 @@ def test_an_untrusted_publisher_is_not_asked(cli: Cli, own_registry: DockerRegis
         calls.pull(reference)
         assert it.states() == ["layer"] * 3
         assert run(containerd, reference, "cat /app") == "the app\n"
+
+
+def test_only_what_a_policy_accepts_is_claimed(
+    cli: Cli, own_registry: DockerRegistry, reference: str, tmp_path: Path
+):
+    """An unsigned snapshot is left alone and the image unpacked; a signed one runs."""
+    cosign, policy = Cosign.make(2, tmp_path / "cosign"), tmp_path / "policy.json"
+    identity = {"type": "matchRepository"}
+    key = {"type": "sigstoreSigned", "keyPath": str(cosign.public), "signedIdentity": identity}
+    policy.write_text(json.dumps({"default": [key]}))
+    with (
+        ours(cli, "--trust", f"{own_registry.address}/*", "--policy", str(policy)) as it,
+        running_containerd(release("1.6"), snapshotter=it.socket, cri=True) as containerd,
+        cri(containerd.socket) as calls,
+    ):
+        containerd.allow_http(own_registry.address)
+        calls.pull(reference)
+        assert it.states() == ["layer"] * 3
+        assert run(containerd, reference, "cat /app") == "the app\n"
+        calls.remove_image(reference)
+        wait_for(lambda: it.states() == [], "nothing left")
+        cosign.sign(f"{reference}-snap", "--recursive")
+        calls.pull(reference)
+        assert it.states()[-1] == "device"
+        assert run(containerd, reference, "cat /app") == "the app\n"
+        policy.write_text(json.dumps({"default": [{"type": "reject"}]}))
+        with pytest.raises(AssertionError, match="not accepted by the policy"):
+            run(containerd, reference, "cat /app")
 
 
 def test_kills_disturb_no_container(cli: Cli, own_registry: DockerRegistry, reference: str):

@@ -352,6 +352,15 @@ def test_an_image_for_another_architecture_is_refused(vm: Vm, tmp_path: Path) ->
     assert vm.left() == []
 
 
+def test_nothing_boots_that_a_policy_refuses(vm: Vm, remote: str, tmp_path: Path) -> None:
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"default": [{"type": "reject"}]}')
+    kernel = ["--kernel", vm.kit.kernel, "--modules", vm.kit.modules]
+    said = vm.fails(11, *kernel, "--policy", policy, HTTP, remote)
+    assert "the policy rejects" in said
+    assert vm.cli("attachments", "--format", "json").json["attachments"] == []
+
+
 def test_a_program_that_is_not_there(vm: Vm, tmp_path: Path) -> None:
     write_layout(tmp_path / "image", image(program_tar(), run={"Env": ["PATH=/bin"]}))
     vm.cli.convert(f"oci:{tmp_path}/image", "store:app")

@@ -146,7 +146,7 @@ class MemoryRepository:
     def referrers(self, subject: Digest, artifact_type: str) -> list[Descriptor]:
         self._request("referrers", subject)
         found = self.subjects.get(subject, [])
-        return [d for d in found if d.artifact_type == artifact_type]
+        return [d for d in found if artifact_type in ("", d.artifact_type)]
 
     def close(self) -> None:
         pass

@@ -39,7 +39,7 @@ def test_every_variable_is_described():
     variables = re.findall(r"`(IMGSNAP_\w+)`", PAGE)
     values = {name: f"/{name}" for name in variables}
     settings = Settings.make(values)
-    places = (settings.store, settings.cache, settings.run, settings.hosts)
+    places = (settings.store, settings.cache, settings.run, settings.hosts, settings.policy)
     patterns = (*settings.trust, *settings.convert)
     texts = (settings.cache_quota, settings.metrics, settings.snapshotter_metrics, *patterns)
     assert set(map(str, places + texts)) == set(values.values())
