@@ -12,6 +12,7 @@ from imgsnap_cli.places import Places, node_cache, platform_option, policy_optio
 from imgsnap_cli.settings import Settings
 
 if TYPE_CHECKING:
+    from imgsnap.blockstore.snapshot_manifest import SnapshotManifest
     from imgsnap.trust.judge import Judged, Verdict
     from imgsnap.trust.policy import Policy
 
@@ -40,10 +41,12 @@ def command(
 ) -> None:
     """Show the signatures of the snapshot REF, and whether a policy accepts it.
 
+    The root hash is that of its dm-verity hash tree, which the signed manifest states.
     Signatures of cosign and notation are looked for in the snapshot's own repository, each time
     anew. The exit code is 0 only if the snapshot is accepted, 11 if it is not.
     """
     from imgsnap.blockstore.resolve import resolve_snapshot
+    from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
     from imgsnap.oci.platforms import parse_platform
     from imgsnap.trust.judge import Judge, refuse
     from imgsnap.trust.names import Name
@@ -59,10 +62,11 @@ def command(
         verdict = Judge(repository, name, targets).judge(
             chosen.requirements(name), all_signatures=True
         )
+    manifest = snapshot_manifest(found.manifest)
     if format_ == "json":
-        print_json(_as_json(targets[0].digest, verdict))
+        print_json(_as_json(manifest, verdict))
     else:
-        _print(targets[0].digest, verdict)
+        _print(manifest, verdict)
     if not verdict.accepted:
         raise refuse(name, targets[0], verdict.reason, hint="how to sign it: docs/trust.md")
 
@@ -79,9 +83,10 @@ def _policy(settings: Settings, key: Path | None) -> "Policy":
     return load_policy(settings.policy)
 
 
-def _as_json(digest: str, verdict: "Verdict") -> dict[str, Any]:
+def _as_json(manifest: "SnapshotManifest", verdict: "Verdict") -> dict[str, Any]:
     return {
-        "digest": digest,
+        "digest": manifest.digest,
+        "rootHash": manifest.root_hash,
         "accepted": verdict.accepted,
         "reason": verdict.reason or None,
         "until": verdict.until,
@@ -98,9 +103,10 @@ def _as_json(digest: str, verdict: "Verdict") -> dict[str, Any]:
     }
 
 
-def _print(digest: str, verdict: "Verdict") -> None:
+def _print(manifest: "SnapshotManifest", verdict: "Verdict") -> None:
     pairs = (
-        ("digest", digest),
+        ("digest", manifest.digest),
+        ("root hash", manifest.root_hash or "none"),
         ("accepted", "yes" if verdict.accepted else "no"),
     )
     for name, text in pairs:

@@ -47,6 +47,10 @@ def test_veritysetup_takes_an_attached_device(cli: Cli, layout: str, tmp_path: P
     digest = cli.convert(layout, "store:app", "--verity")
     verity = verity_of(cli, "store:app")
     assert cli("inspect", "store:app").out.count(verity["rootHash"]) == 1
+    policy = tmp_path / "policy.json"
+    policy.write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
+    verified = cli("verify", "store:app", "--policy", policy, "--format", "json").json
+    assert verified["digest"].endswith(digest) and verified["rootHash"] == verity["rootHash"]
     with node_daemon(cli):
         device = Path(cli("attach", "store:app").out.strip())
         size = verity["hashOffset"] + verity["size"]

@@ -74,6 +74,7 @@ def test_other_root_hashes_are_refused(vm: Vm, remote: str, tmp_path: Path) -> N
     vm.cli.convert(f"oci:{tmp_path}/image", "store:plain")
     said = vm.fails(3, *kernel, "--root-hash", "12" * 32, "store:plain")
     assert "no hash tree" in said
+    assert "past dm-verity" in vm.fails(8, *kernel, HTTP, "--dax", remote)
     assert "64 hex digits" in vm.fails(2, *kernel, "--root-hash", "12", "store:plain")
     assert vm.left() == []
 
