@@ -13,8 +13,8 @@ lazy cost, whatever kernel, machine and emulator cost. Interleaved rounds of
 disk before its init is up, so how long that takes is left out of the share: it is the attach, and
 what comes after the kernel. (A boot pack streams on meanwhile: an emulated kernel gives it seconds,
 one under KVM some tenths. The samples have all times.) The daemon runs before the clock starts;
-requests and bytes are counted behind the link. QEMU and the guest's kernel
-are those of scripts/guest-kit. Needs root, and the tools of the corpus.
+requests and bytes are counted behind the link, sequential trips in boots of their own. QEMU and the
+guest's kernel are those of scripts/guest-kit. Needs root, and the tools of the corpus.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from harness.images import Image, image_or_demo
 from harness.options import parser, skip, work_directory
 from harness.processes import compile_bytecode, heat, output_of, probe
 from harness.product import open_places
+from harness.recorder import Recorder
 from harness.registry import push
 from harness.report import Report, Sample, tell
 from harness.shaped import ShapedRegistry, shaped_registry
@@ -50,6 +51,7 @@ PATH = "PATH=/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin"
 AIM_PACK_S = 1.0
 AIM_CACHED_S = 0.1
 AIM_ATTACH_S = 0.15
+TRIPS_MAX = 3
 KIT = ROOT / ".guest-kit"
 
 
@@ -96,6 +98,13 @@ def main() -> None:
                     "cached": lambda: bench.cached(subject),
                 },
             )
+            report.interleave(
+                1,
+                {
+                    "no pack, trips": lambda: bench.trips(subject, "none"),
+                    "pack, trips": lambda: bench.trips(subject, None),
+                },
+            )
     _figures(report, subject)
     report.finish()
 
@@ -113,6 +122,12 @@ def _figures(report: Report, subject: Subject) -> None:
         report.figure(f"{kind}: attach", attach, "s", "aim", AIM_ATTACH_S)
         report.figure(f"{kind}: bytes", report.median(kind, "bytes"), "B", "", None)
         report.figure(f"{kind}: requests", report.median(kind, "requests"), "", "", None)
+        report.figure(
+            f"{kind}: reads of the device", report.median(kind, "device_reads"), "", "", None
+        )
+    for kind, aim in (("no pack", None), ("pack", TRIPS_MAX)):
+        trips = report.median(f"{kind}, trips", "sequential")
+        report.figure(f"{kind}: sequential trips", trips, "", "aim", aim)
     report.note(f"{subject.image.name}: the pack has {subject.pack['blocks']} blocks")
     accelerators = {sample["accelerator"] for sample in report.samples["local"]}
     report.note(f"guests ran under {', '.join(sorted(accelerators))}")
@@ -182,7 +197,16 @@ class _Bench:
                 reads = node_client.statistics_of_attachment(attached["id"], self._client.run_dir)
             counts = self._registry.counts()
         sizes = {"bytes": counts["wire_bytes_down"], "requests": counts["requests"]}
-        return {**sample, **sizes, "reads": reads}
+        return {**sample, **sizes, "reads": reads, "device_reads": reads["hits"] + reads["misses"]}
+
+    def trips(self, subject: Subject, pack: str | None) -> Sample:
+        """A cold boot through a proxy that tells what waited for what."""
+        address, port = self._registry.address, int(self._registry.address.rpartition(":")[2])
+        with Recorder(port) as recorder:
+            behind = subject.reference.replace(address, f"127.0.0.1:{recorder.port}")
+            self.cold(replace(subject, reference=behind), pack)
+            lines = [exchange.line for exchange in recorder.exchanges]
+            return {**recorder.counts(), "lines": lines}
 
     @contextmanager
     def _attached(
@@ -202,7 +226,15 @@ class _Bench:
     def _boot(self, disk: Path, line: vm.TimeLine) -> Sample:
         said = bytearray()
         status = vm.run(
-            self._tools, self._wanted, disk, self._command, self._state, tell, line, said.extend
+            self._tools,
+            self._wanted,
+            disk,
+            None,
+            self._command,
+            self._state,
+            tell,
+            line,
+            said.extend,
         )
         if status:
             raise SystemExit(f"error: the guest's command failed: {said.decode(errors='replace')}")

@@ -32,7 +32,7 @@ class Control:
         self._started = time.time()
         self._known_supervisor: ProcessId | None = None
         block = BlockCalls(self.places.server.block_socket)
-        users = Users(self.places, block)
+        users = self._users = Users(self.places, block)
         self._policy = DaemonPolicy(policy)
         self.mounting = Mounting(
             self.places, cache_dir, block, users, self._supervisor_process, self._policy
@@ -74,6 +74,10 @@ class Control:
         except Unavailable:
             return None
         return found
+
+    def look_after(self) -> None:
+        """What is to be done every few seconds."""
+        self._users.forget_dead_processes()
 
     def know_supervisor(self) -> None:
         """Asks for the supervisor's process, so that the first mount need not."""

@@ -85,6 +85,7 @@ def run_daemon(
         if info is None:
             try:
                 ensure_supervisor(places, cache_dir, cache_quota)
+                control.look_after()
             except ImgsnapError as error:
                 _log.error("%s", error)
             continue

@@ -52,14 +52,14 @@ class Users:
         (users / user).touch()
 
     def of(self, attachment_id: str) -> list[str]:
-        users = self._places.users(attachment_id)
-        return [path.name for path in users.iterdir()] if users.is_dir() else []
+        try:
+            return [path.name for path in self._places.users(attachment_id).iterdir()]
+        except FileNotFoundError:  # the last one may leave at any moment
+            return []
 
     def all(self) -> list[tuple[str, str]]:
         """Attachments' ids and their users."""
-        users = self._places.users("")
-        attachments = list(users.iterdir()) if users.is_dir() else []
-        return [(found.name, user.name) for found in attachments for user in found.iterdir()]
+        return [(found, user) for found in self.of("") for user in self.of(found)]
 
     def leave(self, attachment_id: str, user: str, *, lazy: bool) -> None:
         """With the last user the attachment goes. Raises Busy for a disk that is in use, unless
@@ -95,9 +95,12 @@ class Users:
             self._locks.pop(user, None)
 
     def forget_dead_processes(self) -> None:
+        """Takes away what processes had that have ended without a word. Call it every few seconds;
+        what cannot be done now is tried at the next call."""
         for attachment_id, user in self.all():
             if user.startswith(_PROCESS) and not process_lives(user):
-                self.leave(attachment_id, user, lazy=True)
+                with contextlib.suppress(ImgsnapError, OSError):
+                    self.leave(attachment_id, user, lazy=True)
 
     def forget_unknown(self, mounts: set[str]) -> None:
         """Takes back what no mount, process or `imgsnap attach` stands behind."""

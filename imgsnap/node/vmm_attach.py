@@ -52,7 +52,6 @@ class VmmAttach:
         start time) for that process alone: until `release`, or the end of the process.
         """
         user = _user(args)
-        self._users.forget_dead_processes()
         if user == BY_HAND:
             return self._attach(user, args)
         with self._users.lock(user):  # a release waits for this

@@ -6,6 +6,8 @@ import json
 import mmap
 import os
 import struct
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,13 @@ from imgsnap.blockstore.cache_pins import pins
 from imgsnap.blockstore.node_cache import NodeCache
 from imgsnap.mount import linux
 from imgsnap.mount.linux import MountFlag, UmountFlag
+from imgsnap.mount.process import ProcessId
+from imgsnap.node.client import attach
+from imgsnap.node.daemon import WATCH_S
+from imgsnap.node.request import AttachRequest
+from imgsnap.node.source import Source
+from imgsnap.oci.locate import reference_of
+from imgsnap.oci.reference import parse_location
 from imgsnap.units import MIB
 from tests.support.cli import Cli
 from tests.support.image_builder import image, write_layout
@@ -107,6 +116,22 @@ def test_each_attachment_has_its_own_pin(node: Node, cli: Cli, snapshot, tmp_pat
     assert len(pinned()) == 1
     cli("umount", tree)
     assert not pinned()
+
+
+def test_what_a_killed_process_had_goes_without_it(node: Node, cli: Cli, snapshot):
+    request = AttachRequest(Source(snapshot, cli.store), reference_of(parse_location(snapshot)))
+    process = subprocess.Popen(["sleep", "100"])
+    try:
+        user = ProcessId.of(process.pid)
+        path = Path(attach(request, cli.run_dir, cli.cache, process=user)["path"])
+        assert path.exists()
+        time.sleep(2 * WATCH_S)
+        assert path.exists()
+    finally:
+        process.kill()
+        process.wait()
+    wait_for(lambda: not path.exists(), "the end of the attachment")
+    assert cli("attachments", "--format", "json").json["attachments"] == []
 
 
 def test_what_is_refused(node: Node, cli: Cli, snapshot):
