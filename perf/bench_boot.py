@@ -35,7 +35,10 @@ from harness.registry import push
 from harness.report import Report, Sample, tell
 from harness.shaped import ShapedRegistry, shaped_registry
 
-IMAGES = ("busybox", "debian-base", "python-slim", "nginx", "python-app", "gcc", "node")
+IMAGES = (
+    *("busybox", "debian-base", "python-slim", "nginx", "python-app", "python-app-v2"),
+    *("gcc", "node", "python-sci", "python-sci-v2"),
+)
 LINKS = ("100mbit/10ms", "1gbit/2ms", "25mbit/30ms", "100mbit/200ms")
 AIM_READY = 1.3
 AIM_BYTES = 1.15

@@ -10,12 +10,14 @@ once before each sample. Server CPU is what the block server used during the sam
 
 A block server verifies each chunk on its first use, also one from the cache. "Read again" is the
 tree or the file read a second time through the same mount, with the page caches above dropped in
-between: what reads cost when that is done.
+between: what reads cost when that is done. "Cold" has nothing in the node's cache: every chunk is
+fetched from a store on the same disk, decompressed, verified and kept.
 """
 
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -95,6 +97,7 @@ def _steps(
     for label, (subject, read) in work.items():
         steps[f"{label}: imgsnap"] = partial(bench.through_imgsnap, subject, read)
         steps[f"{label}: plain"] = partial(bench.through_kernel, subject, read)
+        steps[f"{label}: cold"] = partial(bench.cold, subject, read)
         if label != "random":
             steps[f"{label}: again"] = partial(bench.through_imgsnap, subject, read, again=True)
     return steps
@@ -103,6 +106,9 @@ def _steps(
 class _Bench:
     def __init__(self, client: Client, work: Path) -> None:
         self._client = client
+        self._cold = Client(work / "cold")
+        self._cold.root.mkdir()
+        self._cold.store.symlink_to(client.store)
         self._work = work
         self._target = work / "root"
         self.loop = ""
@@ -120,20 +126,32 @@ class _Bench:
     def through_imgsnap(
         self, subject: Subject, read: Callable[[Path], Sample], *, again: bool = False
     ) -> Sample:
-        mount = mounted_by_daemon(
-            self._client, subject.reference, self._target, "none", one_file=True
-        )
-        with node_daemon(self._client), mount:
+        with self._mounted(self._client, subject):
             heat(self._client.cache)
             if again:
                 read(self._target)
                 self._drop_above()
-            status = daemon_call(self._client.run_dir, "status")
-            pid = status["supervisor"]["server"]
-            before = cpu_seconds(pid)
-            sample = dict(read(self._target))
-            sample["server_cpu_s"] = cpu_seconds(pid) - before
-            return sample | memory(pid)
+            return self._sample(self._client, read)
+
+    def cold(self, subject: Subject, read: Callable[[Path], Sample]) -> Sample:
+        shutil.rmtree(self._cold.cache, ignore_errors=True)
+        heat(self._client.store)
+        with self._mounted(self._cold, subject):
+            return self._sample(self._cold, read)
+
+    @contextmanager
+    def _mounted(self, client: Client, subject: Subject) -> Iterator[None]:
+        mount = mounted_by_daemon(client, subject.reference, self._target, "none", one_file=True)
+        with node_daemon(client), mount:
+            yield
+
+    def _sample(self, client: Client, read: Callable[[Path], Sample]) -> Sample:
+        status = daemon_call(client.run_dir, "status")
+        pid = status["supervisor"]["server"]
+        before = cpu_seconds(pid)
+        sample = dict(read(self._target))
+        sample["server_cpu_s"] = cpu_seconds(pid) - before
+        return sample | memory(pid)
 
     def through_kernel(self, subject: Subject, read: Callable[[Path], Sample]) -> Sample:
         with self._plain(subject) as target:
@@ -208,6 +226,8 @@ def _figures(report: Report, arguments: argparse.Namespace) -> None:
         report.figure(f"{label}, time", ours, "s", plain, other, aims[label])
         again = report.median(f"{label}: again", "wall_s")
         report.figure(f"{label}, time, read again", again, "s", plain, other)
+        cold = report.median(f"{label}: cold", "wall_s")
+        report.figure(f"{label}, time, cold", cold, "s", plain, other)
     size = arguments.large_mib << 20
     ours, other = (size / report.median(f"sequential: {w}", "wall_s") for w in ("imgsnap", "plain"))
     report.figure("sequential, rate", ours, "B/s", plain, other, 1 / AIM_SEQUENTIAL)
@@ -216,6 +236,8 @@ def _figures(report: Report, arguments: argparse.Namespace) -> None:
         unit = "" if key == "iops" else "us"
         factor = 1 if key == "iops" else 1e6
         report.figure(f"random 4 KiB, {name}", ours * factor, unit, plain, other * factor)
+        cold = report.median("random: cold", key)
+        report.figure(f"random 4 KiB, {name}, cold", cold * factor, unit, plain, other * factor)
     for label in ("tree", "sequential", "random"):
         key = f"{label}: imgsnap"
         report.figure(

@@ -82,8 +82,6 @@ class Flights:
         self._late_after: float | None = None
         self._demanded = 0
         self._demanded_at = -math.inf
-        self._prefetches = 0
-        self._prefetch_bytes = 0
         self._hedges = 0
 
     @property
@@ -108,13 +106,14 @@ class Flights:
     def prefetch_room(self) -> int:
         """How large a range that nobody waits for may be; 0 when none may begin.
 
-        While readers fetch, what fills the gaps between their round trips: in flight is what the
-        link carries in half of one, or a single frame. A reader finds no more before him.
+        While readers fetch, what fills the gaps between their round trips: in flight, with all
+        that readers asked for, is what the link carries in one of them. A reader's bytes find
+        hardly any queue before them.
         """
         room = self.background_room
         if not room or self._clock() - self._demanded_at > READERS_PAUSE_S:
             return room
-        return min(room, max(self.link.half_trip - self._prefetch_bytes, not self._prefetches))
+        return min(room, max(self.link.trip_bytes - self._bytes, not self._flights))
 
     # A flight's life -------------------------------------------------------------------------
 
@@ -132,9 +131,6 @@ class Flights:
         if flight.background:
             self.background += 1
             self._background_bytes += flight.left
-            if flight.prefetch:
-                self._prefetches += 1
-                self._prefetch_bytes += flight.left
         elif rival is None and taken.pack is not None:
             self._demanded += 1
             self._demanded_at = flight.started
@@ -163,15 +159,12 @@ class Flights:
         flight.answered = True
         if flight.background:
             self.background -= 1
-            self._prefetches -= flight.prefetch
 
     def _land(self, flight: Flight, size: int) -> None:
         flight.left -= size
         self._bytes -= size
         if flight.background:
             self._background_bytes -= size
-        if flight.prefetch:
-            self._prefetch_bytes -= size
 
     def cancel_all(self) -> None:
         for flight in self._flights:

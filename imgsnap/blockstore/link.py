@@ -95,9 +95,9 @@ class Link:
         return int(min(max(wanted, least), FLIGHT_BYTES_MAX))
 
     @property
-    def half_trip(self) -> int:
-        """Bytes that come in half of a round trip; 0 before anything is known."""
-        return int(self.rate * (self._round_trip_s or 0.0) / 2)
+    def trip_bytes(self) -> int:
+        """Bytes that come in a round trip; 0 before anything is known."""
+        return int(self.rate * (self._round_trip_s or 0.0))
 
     @property
     def background_range(self) -> int:

@@ -179,7 +179,9 @@ def drop_page_caches() -> bool:
 
 def heat(path: Path) -> None:
     """Reads a file or all files below a directory into the page cache."""
-    output_of(["sh", "-c", 'find "$1" -type f -exec cat {} + >/dev/null', "sh", path])
+    output_of(
+        ["sh", "-c", 'find "$1" -name tmp -prune -o -type f -exec cat {} + >/dev/null', "sh", path]
+    )
 
 
 @contextlib.contextmanager
