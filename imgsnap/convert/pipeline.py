@@ -34,14 +34,14 @@ from imgsnap.convert.layer import BuiltLayer
 from imgsnap.convert.limits import Limits
 from imgsnap.convert.packer import PackedLayer, Packer
 from imgsnap.convert.progress import Progress
-from imgsnap.convert.snapshot import Snapshot, build_snapshot
+from imgsnap.convert.snapshot import Snapshot, build_snapshot, check_extents
 from imgsnap.convert.source import SourceImage
 from imgsnap.convert.verity import Sealer
 from imgsnap.digest import Digest
-from imgsnap.errors import ResourceExhausted
+from imgsnap.errors import NotFound, ResourceExhausted
 from imgsnap.formats.chunk_map import PackRef
 from imgsnap.formats.rules import Rules
-from imgsnap.oci.repository import Repository, WritableRepository
+from imgsnap.oci.repository import Descriptor, Repository, WritableRepository
 from imgsnap.oci.transfer import copy_blob
 
 TRANSFERS = 4
@@ -163,8 +163,10 @@ class Conversion:
     def convert(self, source: Repository, image: SourceImage) -> ConvertedImage:
         """Converts one image and publishes its snapshot by digest, untagged.
 
-        Raises IntegrityError, LimitExceeded, ResourceExhausted and what repositories raise.
+        Raises IntegrityError, LimitExceeded, ResourceExhausted, Unsupported for more layers than a
+        snapshot can have, and what repositories raise.
         """
+        check_extents(len(image.layers), verity=self._options.verity)
         started = time.monotonic()
         artifacts: dict[Digest, LayerArtifact] = {}
         reports: dict[Digest, LayerReport] = {}
@@ -219,12 +221,24 @@ class Conversion:
                 continue
             self._prepare_target()
             with self._taking:  # two layers may use one pack
-                blobs = [pack_descriptor(pack) for pack in found.chunk_map.packs]
-                blobs += [found.hashes] if found.hashes is not None else []
-                for descriptor in blobs:
-                    copy_blob(repository, self._target, descriptor, Path(self._work.name))
-            return publish_artifact(self._target, found.index, found.chunk_map, found.hashes)
+                for pack in found.chunk_map.packs:
+                    self._copy(repository, pack_descriptor(pack))
+                hashes = self._copied_hashes(repository, found.hashes)
+            return publish_artifact(self._target, found.index, found.chunk_map, hashes)
         return None
+
+    def _copied_hashes(self, source: Repository, hashes: Descriptor | None) -> Descriptor | None:
+        """The hashes of a layer's blocks, now in the target; None if there are none or they are
+        gone, as they can be made anew."""
+        try:
+            if hashes is not None:
+                self._copy(source, hashes)
+        except NotFound:
+            return None
+        return hashes
+
+    def _copy(self, source: Repository, descriptor: Descriptor) -> None:
+        copy_blob(source, self._target, descriptor, Path(self._work.name))
 
     def _prepare_target(self) -> None:
         """Stores what all artefacts share before they are published side by side."""

@@ -15,7 +15,7 @@ from imgsnap.convert.flatten import flatten
 from imgsnap.convert.source import SourceImage
 from imgsnap.convert.verity import Seal
 from imgsnap.digest import sha256_digest
-from imgsnap.errors import Unavailable
+from imgsnap.errors import Unavailable, Unsupported
 from imgsnap.formats import chunk_map_codec
 from imgsnap.formats.frame import compress
 from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
@@ -42,6 +42,17 @@ class Snapshot:
     config: SnapshotConfig
     metadata_stored: int  # bytes of the compressed metadata blob
     chunk_map_stored: int
+
+
+def check_extents(layers: int, *, verity: bool) -> None:
+    """Raises Unsupported when an image has more layers than readers of its snapshot take."""
+    maximum = chunk_map_codec.EXTENTS_MAX - verity
+    if layers > maximum:
+        besides = " besides its hash tree" if verity else ""
+        raise Unsupported(
+            f"the image has {layers} layers; a snapshot can have {maximum}{besides}",
+            hint="no limit can be raised for this; build the image with fewer layers",
+        )
 
 
 def build_snapshot(

@@ -21,7 +21,7 @@ VERSION = 2
 HASH_BLAKE3 = 1
 
 EXTENTS_MAX = 1024
-"""Layers in one image; containerd and overlayfs stop at 500."""
+"""Layers in one image and its hash tree; containerd and overlayfs stop at 500 layers."""
 PACKS_MAX = 0xFFFF
 """Pack numbers are 16 bits and ZERO_PACK is not one."""
 CHUNKS_MAX = 16 << 20

@@ -12,6 +12,7 @@ from tests.support.docker_registry import DockerRegistry
 from tests.support.image_builder import collect, image, write_layout
 from tests.support.node import node_daemon
 from tests.support.samples import base_tar, many_files, noise, top_tar
+from tests.support.tars import Item, layer_tar
 from tests.support.verity import BLOCK, naive_tree
 
 pytestmark = pytest.mark.registry
@@ -40,6 +41,17 @@ def judged(device: Path, verity: dict, root_hash: str | None = None) -> bool:
 
 def blob(cli: Cli, digest: str) -> bytes:
     return (cli.store / "blobs/sha256" / digest.rpartition(":")[2]).read_bytes()
+
+
+def hash_blobs(cli: Cli) -> list[Path]:
+    """Where the layer artefacts' block hashes are, or were."""
+    index = json.loads((cli.store / "index.json").read_text())
+    return [
+        cli.store / "blobs/sha256" / part["digest"].rpartition(":")[2]
+        for entry in index["manifests"]
+        for part in json.loads(blob(cli, entry["digest"])).get("layers", [])
+        if part["mediaType"] == "application/vnd.imgsnap.block-hashes.v1"
+    ]
 
 
 @pytest.mark.root
@@ -160,20 +172,34 @@ def test_layers_converted_before_are_read_once(
     assert verity_of(cli, elsewhere, HTTP) == verity_of(cli, snap, HTTP)
 
 
+def test_hashes_that_are_gone_elsewhere_are_made_anew(cli: Cli, layout: str) -> None:
+    """Not by a conversion that wants none; packs that are gone would be an error."""
+    digest = cli.convert(layout, "store:app", "--verity")
+    for path in hash_blobs(cli):
+        path.unlink()
+    other = Cli(cli.root / "other")
+    reuse = ("--reuse", f"oci:{cli.store}:app:latest")
+    other.convert(layout, "store:app", *reuse)
+    assert not hash_blobs(other)
+    assert other.convert(layout, "store:sealed", "--verity", *reuse) == digest
+    assert [path.exists() for path in hash_blobs(other)] == [True, True]
+
+
+def test_more_layers_than_readers_take_are_refused_at_once(cli: Cli, tmp_path: Path) -> None:
+    tars = [layer_tar([Item(b"f", content=b"1")])] * 1024
+    write_layout(tmp_path / "image", image(*tars))
+    target = (f"oci:{tmp_path}/image", "store:app", "--limit", "layers=2000")
+    assert "1024 layers; a snapshot can have 1023" in cli.fails(8, "convert", *target, "--verity")
+    cli.convert(*target)
+    cli("check", "store:app")
+
+
 def test_damaged_hashes_are_noticed(cli: Cli, layout: str) -> None:
     cli.convert(layout, "store:app", "--verity")
-    index = json.loads((cli.store / "index.json").read_text())
-    hashes = [
-        blob_["digest"]
-        for entry in index["manifests"]
-        for blob_ in json.loads(blob(cli, entry["digest"])).get("layers", [])
-        if blob_["mediaType"] == "application/vnd.imgsnap.block-hashes.v1"
-    ]
-    assert len(hashes) == 2
-    path = cli.store / "blobs/sha256" / hashes[0].rpartition(":")[2]
+    path, _ = hash_blobs(cli)
     content = path.read_bytes()
     path.write_bytes(bytes(len(content)))
-    assert hashes[0] in cli.fails(
+    assert path.name in cli.fails(
         3, "convert", layout, "store:app", "--verity", "--force", hint=False
     )
     path.unlink()
