@@ -28,7 +28,12 @@ from imgsnap.node.places import NodePlaces
 from imgsnap.node.policies import check_policy
 from imgsnap.node.supervise import command
 
-SUPERVISOR_TIMEOUT_S = 20.0
+SUPERVISOR_ANSWER_S = 20.0
+SUPERVISOR_START_S = 60.0
+"""Until it answers: its block server's start is a part of it. Long, as a process that ends is
+noticed at once: only one that hangs is waited for, or a machine that is busy or emulated."""
+CONTROL_START_S = 90.0
+"""The same for a control process: its supervisor's start is a part of it. It listens before."""
 WATCH_S = 2.0
 """How often the supervisor is looked for; readers do not wait for this, only its upgrades do."""
 DRAIN_S = 60.0
@@ -37,7 +42,6 @@ _END_GRACE_S = 10.0
 STATE_VARIABLE = "IMGSNAP_CONTROL_SOCKET"
 _OURS = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")
 """What systemd told this process, and not the ones it starts."""
-CONNECT_TIMEOUT_S = 5.0
 _STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _log = logging.getLogger(__name__)
 
@@ -53,8 +57,8 @@ def run_daemon(
     that is installed now. `metrics` is an address and port to serve them on, `policy` the file of
     a policy that everything opened must be accepted by.
 
-    Raises AlreadyExists when a daemon runs, AccessDenied, OSError, what MetricsServer raises, and
-    what a policy that cannot be used raises.
+    Raises AlreadyExists when a daemon runs, Unavailable when there is one that does not answer,
+    AccessDenied, OSError, what MetricsServer raises, and what a policy that cannot be used raises.
     """
     if policy is not None:
         check_policy(policy)
@@ -117,7 +121,7 @@ def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:
         return socket.socket(fileno=next(iter(passed.values()))), True
     try:
         running = rpc.call(places.control_socket, "status", timeout_s=5.0)
-    except Unavailable:
+    except (rpc.NobodyListens, rpc.Interrupted):
         return rpc.listen(places.control_socket), False
     raise AlreadyExists(
         f"a daemon runs already (pid {running['pid']})", hint="imgsnap daemon status shows it"
@@ -135,13 +139,15 @@ def _become_new(listener: socket.socket, passed: bool) -> None:
 def ensure_supervisor(places: NodePlaces, cache_dir: Path, cache_quota: int | None) -> None:
     """Starts a supervisor unless one answers. Raises Unavailable when it does not come up."""
     try:
-        rpc.call(places.server.supervisor_socket, "status", timeout_s=SUPERVISOR_TIMEOUT_S)
+        rpc.call(places.server.supervisor_socket, "status", timeout_s=SUPERVISOR_ANSWER_S)
     except (rpc.NobodyListens, rpc.Interrupted):
-        _start(command(places.run_dir, cache_dir, cache_quota), places.server.supervisor_socket)
+        program = command(places.run_dir, cache_dir, cache_quota)
+        _start(program, places.server.supervisor_socket, SUPERVISOR_START_S)
 
 
-def _start(program: list[str], socket: Path) -> None:
-    """Starts a process that outlives this one; returns when it answers at the socket."""
+def _start(program: list[str], socket: Path, limit_s: float) -> None:
+    """Starts a process that outlives this one; returns when it, or another one that somebody else
+    started just before, answers at the socket."""
     environ = {k: v for k, v in os.environ.items() if k not in _OURS}
     process = subprocess.Popen(
         program,
@@ -151,12 +157,12 @@ def _start(program: list[str], socket: Path) -> None:
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
-    deadline = time.monotonic() + SUPERVISOR_TIMEOUT_S
+    deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         try:
             rpc.call(socket, "status", timeout_s=1.0)
         except Unavailable:
-            if process.poll() is not None:
+            if process.poll() is not None and not rpc.somebody_listens(socket):
                 reason = process.stderr.read().decode() if process.stderr else ""
                 raise Unavailable(f"{program[2]} does not start: {reason.strip()}") from None
             time.sleep(0.02)
@@ -176,9 +182,9 @@ def ensure_daemon(
     run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
     socket = NodePlaces(run_dir).control_socket
     try:
-        running = rpc.call(socket, "place", timeout_s=CONNECT_TIMEOUT_S)
+        running = rpc.call(socket, "place", timeout_s=CONTROL_START_S)
     except (rpc.NobodyListens, rpc.Interrupted):
-        _start(_program(run_dir, cache_dir, cache_quota, policy), socket)
+        _start(_program(run_dir, cache_dir, cache_quota, policy), socket, CONTROL_START_S)
         return
     if running["cache"] != str(cache_dir):
         raise InvalidArgument(
@@ -215,7 +221,7 @@ def upgrade(run_dir: Path) -> dict[str, object]:
     old = rpc.call(places.server.supervisor_socket, "status", timeout_s=5.0)
     rpc.call(places.server.supervisor_socket, "upgrade", timeout_s=5.0)
     os.kill(int(before["pid"]), signal.SIGUSR2)
-    deadline = time.monotonic() + DRAIN_S + SUPERVISOR_TIMEOUT_S
+    deadline = time.monotonic() + DRAIN_S + SUPERVISOR_START_S
     while time.monotonic() < deadline:
         time.sleep(0.02)
         try:
