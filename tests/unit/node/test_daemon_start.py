@@ -12,9 +12,6 @@ from imgsnap.errors import Unavailable
 from imgsnap.node import daemon, rpc
 from imgsnap.node.places import NodePlaces
 
-SLOW_S = 6.0
-"""Longer than a running daemon ever takes."""
-
 
 @pytest.fixture
 def listener(tmp_path: Path) -> Iterator[socket.socket]:
@@ -25,22 +22,22 @@ def listener(tmp_path: Path) -> Iterator[socket.socket]:
         yield found
 
 
-def answer_later(listener: socket.socket, cache: Path) -> threading.Timer:
+def answer_later(listener: socket.socket, cache: Path, seconds: float) -> threading.Timer:
     handlers = {"place": lambda _: {"cache": str(cache)}, "status": lambda _: {"pid": 1}}
-    timer = threading.Timer(SLOW_S, rpc.Server(listener, handlers).start)
+    timer = threading.Timer(seconds, rpc.Server(listener, handlers).start)
     timer.start()
     return timer
 
 
 def test_one_that_listens_is_waited_for(listener: socket.socket, tmp_path: Path) -> None:
-    timer = answer_later(listener, tmp_path / "cache")
+    timer = answer_later(listener, tmp_path / "cache", 6)
     daemon.ensure_daemon(tmp_path, tmp_path / "cache", None)
     timer.join()
 
 
 def test_another_ones_is_as_good(listener: socket.socket, tmp_path: Path) -> None:
     """Two callers start one each, and the second daemon ends when it sees the first."""
-    timer = answer_later(listener, tmp_path)
+    timer = answer_later(listener, tmp_path, 2)
     program = [sys.executable, "-c", "", "program"]
     daemon._start(program, NodePlaces(tmp_path).control_socket, 20)
     timer.join()
