@@ -42,7 +42,7 @@ def test_all_fetches_everything_after_the_first_read_that_waits(built, tmp_path)
     ("mode", "share", "all_of_it"),
     [
         ("off", 0.9, False),
-        ("pack", 0.2, False),
+        ("pack", 0.1, False),
         ("pack", 0.6, True),
         ("all", 0.01, True),
     ],
