@@ -80,6 +80,12 @@ class BootLoader:
         """Whether there is a pack; waits so long for the answer."""
         return self.started and self._chosen.wait(timeout_s) and self._found is not None
 
+    def comes(self, timeout_s: float) -> bool:
+        """As `found`, of one that this node does not have yet."""
+        if not self.found(timeout_s) or self._found is None:
+            return False
+        return not self._cache.boot_pack_path(self._found.digest).exists()
+
     @property
     def ended(self) -> bool:
         """Whether the stream is over, well or not."""

@@ -177,7 +177,7 @@ class BlockServer:
             config_digest=snapshot.manifest.config.digest,
             size=snapshot.size,
             local=device.reader.local,
-            exact=not options.disk and (options.exact or _has_boot_pack(device)),
+            exact=options.exact or _starts_from_pack(device, disk=options.disk),
             options=options,
         )
         parts = snapshot_parts(snapshot)  # the device may be closed by the next line
@@ -318,8 +318,12 @@ class BlockServer:
         return Answer(known, (self._fd, self._listener.fileno()))
 
 
-def _has_boot_pack(device: Device) -> bool:
-    return device.boot is not None and device.boot.found(BOOT_ANSWER_S)
+def _starts_from_pack(device: Device, *, disk: bool) -> bool:
+    """A VMM's kernel asks for more than is read whatever we do; where the pack is here already,
+    what it lacks mostly is, too."""
+    if device.boot is None:
+        return False
+    return device.boot.comes(BOOT_ANSWER_S) if disk else device.boot.found(BOOT_ANSWER_S)
 
 
 def start_log(path: Path) -> None:

@@ -54,7 +54,7 @@ class ServedDevice:
         self.attachment = attachment
         self.size = align_up(attachment.size, DEVICE_ALIGNMENT)
         """Zeros follow the snapshot."""
-        self.exact = attachment.exact
+        self.exact = attachment.exact and not attachment.options.disk
         self.device: Device | None = None
         self._open_device = open_device
         self._lock = threading.Lock()

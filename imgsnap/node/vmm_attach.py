@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from imgsnap.errors import Busy, InvalidArgument, NotFound
+from imgsnap.mount.attach import READ_AHEAD_EXACT_KB, READ_AHEAD_LAZY_KB, tune_readahead
 from imgsnap.mount.process import ProcessId, processes_with_open
 from imgsnap.node.attachments import DISK, UBLK
 from imgsnap.node.block_calls import BlockCalls
@@ -76,6 +77,9 @@ class VmmAttach:
                         self._block.call("publish", id=attachment.id, number=args.get("number"))
                 path = self._path(attachment.id)
                 if path is not None and path.exists():
+                    if not ublk:
+                        exact = attachment.exact
+                        tune_readahead(path, READ_AHEAD_EXACT_KB if exact else READ_AHEAD_LAZY_KB)
                     self._users.join(attachment.id, user)
                     size = align_up(attachment.size, DEVICE_ALIGNMENT)
                     return {**attachment.to_json(), "path": str(path), "device_size": size}
