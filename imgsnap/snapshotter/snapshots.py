@@ -97,7 +97,11 @@ class Snapshots:
         file = self._file(row)  # may fail: before there is a row
         place = self._directories.create(writable=kind is Kind.ACTIVE)
         try:
-            _set_owner(place / "fs", root, lowers)
+            try:
+                _set_owner(place / "fs", root, lowers)
+            except FileNotFoundError as error:  # nothing keeps the parent before there is a row
+                self._may_create(key, parent)
+                raise Busy(f"parent {parent!r} changed meanwhile; try again") from error
             with self._ledger.change() as changes:
                 if self._may_create(key, parent) != beneath:
                     raise Busy(f"parent {parent!r} changed meanwhile; try again")
