@@ -29,10 +29,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT
 from harness.client import Client
 from harness.daemon import node_daemon
-from harness.guests import STAY, Guest, Guests
+from harness.guests import KIT, STAY, Guest, Guests, prepare_kit
 from harness.images import image_or_demo
 from harness.options import parser, skip, work_directory
 from harness.processes import compile_bytecode, drop_page_caches, output_of, proportional_memory
@@ -50,7 +49,6 @@ WORK = f"set -e; python3 -c 'import json, sqlite3, asyncio'; {STAY}"
 OURS_PER_VM = 4 * MIB
 """What we aim at, of the daemon."""
 ATTACH_S = 0.05
-KIT = ROOT / ".guest-kit"
 
 
 def main() -> None:
@@ -66,8 +64,7 @@ def main() -> None:
         raise skip("needs root")
     if shutil.which("fincore") is None:
         raise skip("fincore is not installed (util-linux)")
-    output_of([str(ROOT / "scripts/guest-kit"), str(KIT)])
-    os.environ["PATH"] = f"{KIT}:{os.environ['PATH']}"
+    prepare_kit()
     compile_bytecode()
     report = Report("density", vars(arguments))
     with work_directory(arguments) as work:

@@ -27,9 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT
 from harness.client import Client
 from harness.daemon import node_daemon
+from harness.guests import KIT, prepare_kit
 from harness.images import Image, image_or_demo
 from harness.options import parser, skip, work_directory
 from harness.processes import compile_bytecode, heat, output_of, probe
@@ -54,7 +54,6 @@ AIM_ATTACH_S = 0.15
 TRIPS_MAX = 3
 TRACES = 3
 """Boots that are recorded for the pack."""
-KIT = ROOT / ".guest-kit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +78,7 @@ def main() -> None:
         raise skip("no --tools with shaped-registry")
     if os.geteuid() != 0:
         raise skip("needs root")
-    output_of([str(ROOT / "scripts/guest-kit"), str(KIT)])
-    os.environ["PATH"] = f"{KIT}:{os.environ['PATH']}"
+    prepare_kit()
     compile_bytecode()
     report = Report("vm", vars(arguments))
     with work_directory(arguments) as work:

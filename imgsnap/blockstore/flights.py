@@ -58,10 +58,6 @@ class Flight:
         return self.range.priority is not Priority.DEMAND
 
     @property
-    def prefetch(self) -> bool:
-        return self.range.priority is Priority.PREFETCH
-
-    @property
     def awaited(self) -> bool:
         """Whether a reader waits for something of it, also one who joined it under way."""
         return any(

@@ -1,8 +1,9 @@
 """Opening a snapshot: manifest, config, metadata and chunk map, verified against each other."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 from imgsnap.blockstore.node_cache import NodeCache
@@ -151,13 +152,13 @@ def _load_parts(
 def _get(repository: Repository, wanted: Sequence[tuple[Descriptor, int]]) -> dict[Digest, bytes]:
     """Blobs by their digest: those that the manifest embeds from there, the others, each of at most
     so many bytes, in one round trip."""
-    got = {descriptor.digest: descriptor.data for descriptor, _ in wanted if descriptor.data}
-
-    def getter(descriptor: Descriptor, size_max: int) -> Callable[[], bytes]:
-        return lambda: _blob(repository, descriptor, size_max)
-
-    calls = {pair[0].digest: getter(*pair) for pair in wanted if pair[0].digest not in got}
-    return got | _in_parallel(calls)
+    embedded = {descriptor.digest: descriptor.data for descriptor, _ in wanted if descriptor.data}
+    calls = {
+        descriptor.digest: partial(_blob, repository, descriptor, size_max)
+        for descriptor, size_max in wanted
+        if not descriptor.data
+    }
+    return embedded | _in_parallel(calls)
 
 
 def _blob(repository: Repository, descriptor: Descriptor, size_max: int) -> bytes:
@@ -217,7 +218,7 @@ def _check_parts(manifest: SnapshotManifest, config: SnapshotConfig, chunk_map: 
             )
 
 
-def _in_parallel(calls: dict[Digest, Callable[[], bytes]]) -> dict[Digest, bytes]:
+def _in_parallel(calls: Mapping[Digest, Callable[[], bytes]]) -> dict[Digest, bytes]:
     """The results of all calls, or the first one's exception."""
     results: dict[Digest, bytes] = {}
     errors: list[BaseException] = []

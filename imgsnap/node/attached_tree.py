@@ -10,9 +10,9 @@ from imgsnap.mount.attach import ErofsMount
 from imgsnap.mount.boot_phase import READ_AHEAD_AFTER_KB
 from imgsnap.node import rpc
 from imgsnap.node.attachments import Attachment
+from imgsnap.node.block_calls import CALL_TIMEOUT_S
 from imgsnap.node.places import ServerPlaces
 
-_CALL_TIMEOUT_S = 20.0
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +39,7 @@ def _announce(block_socket: Path, attachment_id: str, bdi: str) -> None:
     """Has the block server lift the readahead when the start is over."""
     try:
         rpc.call_again(
-            block_socket, "starting", timeout_s=_CALL_TIMEOUT_S, id=attachment_id, bdi=bdi
+            block_socket, "starting", timeout_s=CALL_TIMEOUT_S, id=attachment_id, bdi=bdi
         )
     except ImgsnapError as error:  # its server was replaced: nobody would lift it later
         _log.info("the start of %s is not waited for: %s", attachment_id, error)

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from imgsnap.node.request import AttachRequest
     from imgsnap.node.targets import MountOptions
 
-ATTACH_TIMEOUT_S = 300.0
 CONNECT_TIMEOUT_S = 5.0
 RELEASE_TIMEOUT_S = 20.0
 
@@ -87,6 +86,7 @@ def attach(
     ends. Raises what attaching raises, InvalidArgument for a daemon with another cache; for a disk
     Unsupported without the driver, AlreadyExists when the `number` it is to have is taken.
     """
+    from imgsnap.node.block_calls import ATTACH_TIMEOUT_S
     from imgsnap.node.daemon import ensure_daemon
 
     ensure_daemon(run_dir, cache_dir, cache_quota, policy)

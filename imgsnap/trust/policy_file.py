@@ -7,6 +7,8 @@ from imgsnap.trust.identity import Match, SignedIdentity
 from imgsnap.trust.policy import Policy, SigstoreSigned
 from imgsnap.trust.policy_parse import KEY, KEY_SIZE_MAX, POLICY_SIZE_MAX, parse_policy
 
+_HINT = "see docs/trust.md"
+
 
 def load_policy(path: Path) -> Policy:
     """The policy in a file, with the keys that it names; relative ones are beside it.
@@ -16,7 +18,7 @@ def load_policy(path: Path) -> Policy:
     try:
         raw = _read(path, POLICY_SIZE_MAX)
     except OSError as error:
-        raise NotFound(f"policy {path}: {error.strerror}") from error
+        raise NotFound(f"policy {path}: {error.strerror}", hint=_HINT) from error
     return parse_policy(raw, lambda name: _read(path.parent / name, KEY_SIZE_MAX), file=str(path))
 
 
@@ -31,7 +33,7 @@ def policy_of_key(path: Path) -> Policy:
     try:
         key = _read(path, KEY_SIZE_MAX)
     except OSError as error:
-        raise NotFound(f"key {path}: {error.strerror}") from error
+        raise NotFound(f"key {path}: {error.strerror}", hint=_HINT) from error
     if len(key) > KEY_SIZE_MAX or f"-----BEGIN {KEY}-----".encode() not in key:
         raise InvalidArgument(f"{path} holds no {KEY} in PEM form", hint="as cosign.pub does")
     return Policy((SigstoreSigned((key,), SignedIdentity(Match.DIGEST_ONLY)),), {})

@@ -1,5 +1,6 @@
 """Guests of `imgsnap vm run` that stay: started some at a time, alive together, ended at once."""
 
+import os
 import re
 import subprocess
 import time
@@ -7,9 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.processes import child_environment, end, proportional_memory
+from harness import ROOT
+from harness.processes import child_environment, end, output_of, proportional_memory
 from harness.report import tell
 
+KIT = ROOT / ".guest-kit"
+"""QEMU and a guest's kernel, by scripts/guest-kit."""
 STARTING = 2
 """At a time: emulated boots take a processor each."""
 TRIES = 3
@@ -18,6 +22,12 @@ UP = "guest is up"
 STAY = f"grep -E '^(MemFree|Cached):' /proc/meminfo; echo {UP}; exec sleep 100000"
 """What a guest's shell does when its work is done."""
 _MEMINFO = re.compile(r"^(MemFree|Cached): +(\d+) kB", re.MULTILINE)
+
+
+def prepare_kit() -> None:
+    """Sees to it that the kit is there, and its QEMU the first that is found."""
+    output_of([str(ROOT / "scripts/guest-kit"), str(KIT)])
+    os.environ["PATH"] = f"{KIT}:{os.environ['PATH']}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ import random
 import sys
 import time
 
-from tests.fuzz.harness import Broken, fuzz
-from tests.fuzz.targets import TARGETS
+from tests.fuzz import targets, trust_targets  # noqa: F401  they register themselves
+from tests.fuzz.harness import TARGETS, Broken, fuzz
 
 
 def main() -> int:

@@ -146,3 +146,29 @@ def _limited() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+TARGETS: dict[str, Target] = {}
+JSON_WORDS = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b":",
+    b",",
+    b"null",
+    b"1e999",
+    b"-1",
+    b"\\ud800",
+    b"[" * 9000,
+)
+
+
+def target(name: str, **options: object) -> Callable[[Callable[[bytes], object]], None]:
+    """Registers a parser; see `Target` for the options."""
+
+    def register(parse: Callable[[bytes], object]) -> None:
+        TARGETS[name] = Target(name, parse, **options)  # type: ignore[arg-type]
+
+    return register

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from tests.fuzz.harness import attempt, fuzz
-from tests.fuzz.targets import TARGETS
+from tests.fuzz import targets, trust_targets  # noqa: F401  they register themselves
+from tests.fuzz.harness import TARGETS, attempt, fuzz
 
 INPUTS = 4000
 
