@@ -26,6 +26,7 @@ from imgsnap.fuse.server import FuseServer
 from imgsnap.fuse.session import FuseSession
 from imgsnap.mount import linux
 from imgsnap.mount.boot_phase import BootPhase
+from imgsnap.node import signals
 from imgsnap.node.attachments import UBLK, Attachment, AttachmentTable
 from imgsnap.node.devices import DeviceCatalog, OpenRepository, Repositories
 from imgsnap.node.places import ServerPlaces
@@ -92,7 +93,7 @@ class BlockServer:
 
         A byte is written to the descriptor `ready` when reads are being answered.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        signals.block(_HANDLED)
         own = threading.get_ident()
         fuse = FuseServer(
             self._fd,
@@ -124,15 +125,15 @@ class BlockServer:
         self._store.cache.remove_stale_temporaries()
         self._store.cache.budget.look()
         while True:
-            info = signal.sigtimedwait(_HANDLED, HOUSEKEEPING_S)
-            if info is None:
+            number = signals.wait(_HANDLED, HOUSEKEEPING_S)
+            if number is None:
                 self._store.fetcher.expire()
                 if self._ublk is not None:
                     self._ublk.look_after()
                 self._starts = [start for start in self._starts if not start.check()]
                 continue
-            _log.info("ending on %s", signal.Signals(info.si_signo).name)
-            return info.si_signo == _ENDED
+            _log.info("ending on %s", signal.Signals(number).name)
+            return number == _ENDED
 
     def _log_statistics(self, device: Device | None) -> None:
         if device is not None:

@@ -21,7 +21,7 @@ from imgsnap.errors import (
 from imgsnap.mount import linux
 from imgsnap.mount.process import ProcessId
 from imgsnap.mount.records import MountRecords
-from imgsnap.node import rpc, systemd
+from imgsnap.node import rpc, signals, systemd
 from imgsnap.node.block_server import start_log
 from imgsnap.node.control import Control
 from imgsnap.node.places import NodePlaces
@@ -63,7 +63,7 @@ def run_daemon(
     if policy is not None:
         check_policy(policy)
     run_dir, cache_dir = Path(os.path.realpath(run_dir)), Path(os.path.realpath(cache_dir))
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+    signals.block(_STOP)
     linux.name_process("imgsnap-control")
     places = NodePlaces(run_dir)
     MountRecords(run_dir).prepare()
@@ -85,15 +85,15 @@ def run_daemon(
     systemd.notify(os.environ, "READY=1")
     start_log(places.control_log)
     while True:
-        info = signal.sigtimedwait(_STOP, WATCH_S)
-        if info is None:
+        number = signals.wait(_STOP, WATCH_S)
+        if number is None:
             try:
                 ensure_supervisor(places, cache_dir, cache_quota)
                 control.look_after()
             except ImgsnapError as error:
                 _log.error("%s", error)
             continue
-        if info.si_signo == signal.SIGUSR2:
+        if number == signal.SIGUSR2:
             server.drain(DRAIN_S)
             _become_new(listener, passed)
         systemd.notify(os.environ, "STOPPING=1")

@@ -15,6 +15,7 @@ import pytest
 
 from imgsnap.mount import linux
 from imgsnap.node import rpc, systemd
+from imgsnap.node.block_server import HOUSEKEEPING_S
 from tests.support.cli import Cli
 from tests.support.image_builder import collect, image, write_layout
 from tests.support.node import Node, node_daemon, wait_for
@@ -357,6 +358,23 @@ def test_one_supervisor_only(node: Node, cli: Cli, snapshot, tmp_path):
     assert wait_for(node.supervisor, "the next supervisor") != supervisor
     assert node.server() == server
     check(tmp_path / "tree")
+    cli("umount", tmp_path / "tree")
+
+
+def test_processes_that_are_stopped_for_a_while_go_on(node: Node, cli: Cli, snapshot, tmp_path):
+    cli("mount", snapshot, tmp_path / "tree")
+    known = (node.supervisor(), node.server())
+    pids = (*(process.pid for process in known), node.control.pid)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(HOUSEKEEPING_S + 0.5)  # each has a deadline that passes
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    check(tmp_path / "tree")
+    time.sleep(0.2)  # for one that ends
+    assert (node.supervisor(), node.server()) == known and node.control.poll() is None
     cli("umount", tmp_path / "tree")
 
 
