@@ -15,7 +15,7 @@ from imgsnap.blockstore.fetcher import Fetcher
 from imgsnap.blockstore.read_options import Prefetch
 from imgsnap.blockstore.statistics import Statistics
 
-MOST_READ = 0.2
+MOST_READ = 0.4
 """Share of the chunks that reads have brought in. Few starts bring so much: one that does is a scan
 or as good as one, and the link is better kept busy in the gaps between its reads."""
 BATCH_ROWS = 64
@@ -42,7 +42,7 @@ class Completion:
         self._sources = sources
         self._fetcher = fetcher
         self._statistics = statistics
-        self._most = int(sum(len(source.extent) for source in sources) * MOST_READ)
+        self._chunks = sum(len(source.extent) for source in sources)
         self._mode = mode
         self._rate = rate
         self._lock = threading.Lock()
@@ -52,12 +52,17 @@ class Completion:
         self._timers: set[threading.Timer] = set()
         self._due = 0.0
 
+    @property
+    def brought(self) -> float:
+        """The share of the chunks that reads have brought in, with what was read ahead."""
+        brought = self._statistics.demand.chunks + self._statistics.readahead.chunks
+        return brought / max(self._chunks, 1)
+
     def waited(self) -> None:
         """A read had to wait for the network: begins, if it is time."""
         if self._begun or self._mode is Prefetch.OFF:
             return
-        brought = self._statistics.demand.chunks + self._statistics.readahead.chunks
-        if self._mode is Prefetch.PACK and brought < max(self._most, 1):
+        if self._mode is Prefetch.PACK and self.brought < MOST_READ:
             return
         with self._lock:
             if self._begun:

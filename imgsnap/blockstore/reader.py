@@ -99,6 +99,7 @@ class BlockReader:
         self._bases = [part.base for part in self._parts]
         sources = [part.source for part in self._parts if part.source is not None]
         self._completion = Completion(sources, fetcher, self.statistics, prefetch, prefetch_rate)
+        self._adaptive = prefetch is not Prefetch.OFF
         self._readahead = (
             Readahead(self.size, readahead_max, fetcher.window) if readahead_max else None
         )
@@ -151,6 +152,8 @@ class BlockReader:
             self._boot.wait(0, lambda: self._fetch(offset, length, waiting, READ_ATTEMPTS))
         else:
             self._fetch(offset, length, waiting, READ_ATTEMPTS)
+        if self._adaptive and self._readahead is not None:
+            self._readahead.brought(self._completion.brought)
         self._completion.waited()
 
     def read(self, offset: int, length: int) -> bytes:

@@ -60,6 +60,24 @@ def test_it_begins_when_most_has_been_read(built, tmp_path, mode, share, all_of_
             assert store.statistics.prefetch.requests == 0
 
 
+@pytest.mark.parametrize("mode", ["off", "pack"])
+def test_more_is_read_ahead_where_much_has_been_read(built, tmp_path, mode):
+    """Unless nothing is to be brought in that was not asked for."""
+    repository = MemoryRepository(built)
+    with open_store(repository, tmp_path, prefetch=mode, readahead_max=MIB) as store:
+        windows = []
+        after = store.reader._readahead.after
+        store.reader._readahead.after = lambda *read: windows.append(after(*read)) or windows[-1]
+        for number, share in enumerate((0.1, 0.25, 0.4, 0.55, 0.7)):  # far apart: five streams
+            store.reader.read(int(SIZE * share), 4096)
+            counts = store.statistics
+            wanted = (number + 1) * 16  # chunks of 32 KiB
+            until(lambda c=counts, w=wanted: c.demand.chunks + c.readahead.chunks >= w)
+        sizes = [end - start for start, end in windows]
+    assert sizes[:4] == [512 * KIB] * 4
+    assert sizes[4] == (512 * KIB if mode == "off" else MIB)
+
+
 def test_a_reader_goes_before_what_completion_has_queued(built, tmp_path):
     repository = MemoryRepository(built)
     with open_store(repository, tmp_path, threads=1, prefetch="all") as store:

@@ -3,7 +3,13 @@
 import random
 from itertools import pairwise
 
-from imgsnap.blockstore.readahead import STREAMS_MAX, WINDOW_FIRST, Readahead
+from imgsnap.blockstore.readahead import (
+    MUCH_READ,
+    STREAMS_MAX,
+    WINDOW_FIRST,
+    WINDOW_SCAN,
+    Readahead,
+)
 from imgsnap.units import GIB, KIB, MIB
 
 
@@ -27,6 +33,18 @@ def test_random_reads_ask_for_one_window_each():
     larger = [(start, end) for start, end in found if end - start > WINDOW_FIRST]
     assert len(larger) < 30
     assert all(Readahead(GIB, 0).after(offset, length) is None for offset, length in reads)
+
+
+def test_a_new_place_gets_a_larger_window_when_much_has_been_read():
+    readahead = Readahead(GIB)
+    readahead.brought(MUCH_READ / 2)
+    assert readahead.after(0, 4096) == (4096, 4096 + WINDOW_FIRST)
+    readahead.brought(MUCH_READ)
+    at = GIB // 2
+    assert readahead.after(at, 4096) == (at + 4096, at + 4096 + WINDOW_SCAN)
+    small = Readahead(GIB, MIB)
+    small.brought(1.0)
+    assert small.after(0, 4096) == (4096, 4096 + MIB)
 
 
 def test_interleaved_streams_are_told_apart():
