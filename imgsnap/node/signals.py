@@ -1,7 +1,9 @@
 """Waiting for signals, in processes whose main thread does little else."""
 
+import os
 import signal
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 
 
 def block(numbers: Collection[int]) -> None:
@@ -21,3 +23,39 @@ def wait(numbers: Collection[int], timeout_s: float) -> int | None:
     if signal.SIGALRM in signal.sigpending():  # it came beside the other one
         signal.sigwait({signal.SIGALRM})
     return None if number == signal.SIGALRM else int(number)
+
+
+class Caught:
+    """Signals that were caught; see `catch`."""
+
+    def __init__(self, reader: int, numbers: Collection[int]) -> None:
+        self._reader = reader
+        self._numbers = numbers
+
+    def wait(self) -> int:
+        """The next of the signals that has come since `catch`, however long that takes."""
+        while (number := os.read(self._reader, 1)[0]) not in self._numbers:
+            pass
+        return number
+
+
+@contextmanager
+def catch(numbers: Collection[int]) -> Iterator[Caught]:
+    """Catches the signals in the block, and blocks none, which programs we start would inherit.
+
+    To be called in the main thread. By a pipe and not by an Event that a handler sets: a thread
+    that is just starting can be given a signal before the main thread has woken up for it, and
+    CPython runs handlers in the main thread only, which would go on waiting.
+    """
+    with ExitStack() as stack:
+        reader, writer = os.pipe()
+        stack.callback(os.close, reader)
+        stack.callback(os.close, writer)
+        os.set_blocking(writer, False)
+        # its C part runs in any thread, and writes the signal's number
+        stack.callback(
+            signal.set_wakeup_fd, signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        )
+        for number in numbers:  # without a handler in Python there is no number
+            stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
+        yield Caught(reader, numbers)

@@ -4,7 +4,6 @@ import fcntl
 import logging
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
@@ -18,6 +17,7 @@ from imgsnap.containerd.api.services.snapshots.v1.snapshots_pb2_grpc import (
 )
 from imgsnap.containerd.connection import MESSAGE_BYTES_MAX, start_at
 from imgsnap.errors import Busy
+from imgsnap.node import signals
 from imgsnap.node.metrics_http import MetricsServer
 from imgsnap.node.systemd import notify
 from imgsnap.snapshotter.claims import Claims
@@ -37,6 +37,7 @@ WAITING_THREADS = 64
 """For calls that may wait for a registry."""
 STOP_GRACE_S = 10.0
 """For calls under way when the process is asked to end."""
+_STOP = (signal.SIGTERM, signal.SIGINT)
 _log = logging.getLogger(__name__)
 
 
@@ -67,10 +68,7 @@ def serve(
     Raises Busy when another process serves `root`, InvalidArgument when that cannot be, and what
     MetricsServer raises.
     """
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with opened(root, parts) as snapshots:
+    with signals.catch(_STOP) as caught, opened(root, parts) as snapshots:
         if metrics:
             MetricsServer(metrics, _observer(snapshots, parts)).start()
         servers = [start_server(snapshots, address, parts.counters)]
@@ -79,7 +77,7 @@ def serve(
             servers.append(start_image_service(image_service))
             _log.info("serving CRI's images at %s", image_service.address)
         notify(os.environ, "READY=1")
-        stop.wait()
+        _log.info("ending on %s", signal.Signals(caught.wait()).name)
         notify(os.environ, "STOPPING=1")
         for ended in [server.stop(STOP_GRACE_S) for server in servers]:
             ended.wait()

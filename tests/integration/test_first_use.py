@@ -1,6 +1,7 @@
 """Conversion on first use: one node runs an ordinary image and converts it, the next claims it."""
 
 import base64
+import contextlib
 import json
 import os
 import time
@@ -157,9 +158,10 @@ def converters(it: Ours) -> list[int]:
     children = Path(f"/proc/{it.process.pid}/task")
     found = []
     for task in children.iterdir():
-        for pid in (task / "children").read_text().split():
-            if b"convert_image" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(int(pid))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # either may end meanwhile
+            for pid in (task / "children").read_text().split():
+                if b"convert_image" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
     return found
 
 

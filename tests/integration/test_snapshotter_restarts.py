@@ -1,6 +1,7 @@
 """What the snapshotter finds when the machine, or all of the node daemon, was restarted."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from tests.support.installed import BUSYBOX, NAME, Ours, ours, pull, reached, ru
 from tests.support.node import wait_for
 
 pytestmark = [pytest.mark.root, pytest.mark.registry]
+_libc = ctypes.CDLL(None)
 
 
 def kill_daemon(it: Ours) -> None:
@@ -101,3 +103,12 @@ def test_a_daemon_that_ends_below_a_container(
         containerd.ctr("containers", "rm", one, **where)
         containerd.remove_image(fast, **where)
         wait_for(lambda: it.states() == [] and it.shown() == [], "nothing left")
+
+
+def test_it_ends_whichever_thread_is_given_the_signal(cli: Cli):
+    with ours(cli) as it:
+        threads = sorted(int(tid) for tid in os.listdir(f"/proc/{it.process.pid}/task"))
+        assert len(threads) > 1
+        assert _libc.tgkill(it.process.pid, threads[-1], signal.SIGTERM) == 0
+        assert it.process.wait(30) == 0
+        assert "ending on SIGTERM" in (it.work / "log").read_text()

@@ -42,12 +42,22 @@ class Ours:
         with (self.work / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [*map(str, command), *self.options],
-                env=self.cli.environment(),
+                env=self.cli.environment({"PYTHONFAULTHANDLER": "1"}),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
         wait_for(self.socket.exists, "the snapshotter's socket")
+
+    def _await_end(self, process: subprocess.Popen) -> None:
+        """One that does not end says where each of its threads is, and dies."""
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)
+            process.wait()
+            print((self.work / "log").read_text(), file=sys.stderr)
+            raise
 
     def kill(self) -> None:
         assert self.process is not None
@@ -66,7 +76,7 @@ class Ours:
     def end(self) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(30)
+            self._await_end(self.process)
         for path in (self.work / "state" / "devices").glob("*/fs"):
             self.cli.any("umount", "--lazy", path)
         self.cli.any("daemon", "stop", "--force")

@@ -1,4 +1,4 @@
-"""Processes that are stopped and go on, and get a signal or none."""
+"""Processes that are stopped and go on with a signal or none; signals that a thread is given."""
 
 import os
 import signal
@@ -75,3 +75,44 @@ def test_a_signal_ends_the_wait(waiter):
 
 def test_without_a_signal_the_wait_ends(waiter):
     assert waiter(0.05, 2).communicate(timeout=20)[0] == "None\nNone\n"
+
+
+CATCHER = """
+import signal, sys, threading
+from imgsnap.node import signals
+other = threading.Thread(target=threading.Event().wait, daemon=True)
+other.start()
+with signals.catch({signal.SIGTERM, signal.SIGINT}) as caught:
+    if sys.argv[1] == "other":
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        signal.pthread_kill(other.ident, signal.SIGUSR1)
+        signal.pthread_kill(other.ident, signal.SIGTERM)
+    print("ready", flush=True)
+    print(caught.wait())
+assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+assert signal.set_wakeup_fd(-1) == -1
+"""
+
+
+def catch(who: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-c", CATCHER, who], stdout=subprocess.PIPE, text=True)
+
+
+def test_a_signal_that_another_thread_was_given_ends_the_wait():
+    with catch("other") as process:
+        try:
+            assert process.communicate(timeout=20)[0] == "ready\n15\n"
+            assert process.returncode == 0
+        finally:
+            process.kill()
+
+
+def test_a_caught_signal_ends_the_wait():
+    with catch("main") as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            os.kill(process.pid, signal.SIGINT)
+            assert process.communicate(timeout=20)[0] == "2\n"
+        finally:
+            process.kill()
