@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from imgsnap.blockstore.snapshot_manifest import snapshot_manifest
 from imgsnap.convert.artifact import (
     LayerArtifact,
     missing_pack,
@@ -15,10 +16,10 @@ from imgsnap.convert.flatten import flatten
 from imgsnap.convert.source import SourceImage
 from imgsnap.convert.verity import Seal
 from imgsnap.digest import sha256_digest
-from imgsnap.errors import Unavailable, Unsupported
+from imgsnap.errors import FormatError, LimitExceeded, Unavailable, Unsupported
 from imgsnap.formats import chunk_map_codec
 from imgsnap.formats.frame import compress
-from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig
+from imgsnap.formats.snapshot_config import ExtentConfig, SnapshotConfig, parse_config
 from imgsnap.oci import media_types
 from imgsnap.oci.manifest import ImageManifest, raw_manifest
 from imgsnap.oci.published import ROOT_HASH, RULES
@@ -66,6 +67,7 @@ def build_snapshot(
 
     The manifest goes last: before it, nothing of the snapshot can be found. Raises Unavailable
     when a pack that was found before is gone: somebody collects garbage. A rerun stores it anew.
+    Raises Unsupported when the snapshot would be over a limit of its readers.
     """
     metadata = emit(flatten([layer.index for layer in layers]))
     chunk_map = merge_chunk_maps([layer.chunk_map for layer in layers])
@@ -107,9 +109,10 @@ def build_snapshot(
         descriptor = put_raw(target, data, media_type)
         return replace(descriptor, data=data) if len(data) <= EMBEDDED_MAX else descriptor
 
+    encoded_map = chunk_map_codec.encode(chunk_map)
     blobs = (
         put_part(metadata.metadata, media_types.EROFS_METADATA, METADATA_LEVEL),
-        put_part(chunk_map_codec.encode(chunk_map), media_types.CHUNK_MAP, MAP_LEVEL),
+        put_part(encoded_map, media_types.CHUNK_MAP, MAP_LEVEL),
         put_part(image.config_raw, media_types.OCI_CONFIG),
         *(pack_descriptor(pack) for pack in chunk_map.packs),
     )
@@ -121,6 +124,7 @@ def build_snapshot(
         annotations={RULES: config.rules, **root_hash_annotation(config)},
     )
     manifest = raw_manifest(document)
+    _check_readable(manifest, config, encoded_map)
     gone = missing_pack(target, chunk_map)
     if gone is not None:
         raise Unavailable(
@@ -129,6 +133,19 @@ def build_snapshot(
         )
     target.put_manifest(manifest, subject=image.manifest.descriptor.digest)
     return Snapshot(manifest, config, blobs[0].size, blobs[1].size)
+
+
+def _check_readable(manifest: RawManifest, config: SnapshotConfig, chunk_map: bytes) -> None:
+    """Raises Unsupported when a reader would refuse these for their size."""
+    try:
+        snapshot_manifest(manifest)
+        parse_config(config.to_json())
+        chunk_map_codec.Header.parse(chunk_map)
+    except (FormatError, LimitExceeded) as error:
+        raise Unsupported(
+            f"the image is too large for one snapshot: {error}",
+            hint="no limit can be raised for this; build the image with less in it",
+        ) from error
 
 
 def root_hash_annotation(config: SnapshotConfig) -> dict[str, str]:
