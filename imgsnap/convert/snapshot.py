@@ -123,8 +123,7 @@ def build_snapshot(
         artifact_type=media_types.ARTIFACT_SNAPSHOT,
         annotations={RULES: config.rules, **root_hash_annotation(config)},
     )
-    manifest = raw_manifest(document)
-    _check_readable(manifest, config, encoded_map)
+    manifest = _readable(document, config, encoded_map)
     gone = missing_pack(target, chunk_map)
     if gone is not None:
         raise Unavailable(
@@ -135,9 +134,10 @@ def build_snapshot(
     return Snapshot(manifest, config, blobs[0].size, blobs[1].size)
 
 
-def _check_readable(manifest: RawManifest, config: SnapshotConfig, chunk_map: bytes) -> None:
-    """Raises Unsupported when a reader would refuse these for their size."""
+def _readable(document: ImageManifest, config: SnapshotConfig, chunk_map: bytes) -> RawManifest:
+    """The manifest's bytes. Raises Unsupported when a reader would refuse these for their size."""
     try:
+        manifest = raw_manifest(document)
         snapshot_manifest(manifest)
         parse_config(config.to_json())
         chunk_map_codec.Header.parse(chunk_map)
@@ -146,6 +146,7 @@ def _check_readable(manifest: RawManifest, config: SnapshotConfig, chunk_map: by
             f"the image is too large for one snapshot: {error}",
             hint="no limit can be raised for this; build the image with less in it",
         ) from error
+    return manifest
 
 
 def root_hash_annotation(config: SnapshotConfig) -> dict[str, str]:

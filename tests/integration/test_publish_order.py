@@ -4,12 +4,15 @@ import threading
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from imgsnap.blockstore.chunk_index import ChunkIndex
 from imgsnap.convert.limits import Limits
 from imgsnap.convert.pipeline import Options
 from imgsnap.convert.progress import Silent
 from imgsnap.convert.publish import publish
 from imgsnap.convert.source import select_images
+from imgsnap.errors import Unsupported
 from imgsnap.oci.layout import LayoutRepository
 from imgsnap.oci.manifest import ImageManifest, parse_document
 from tests.support.image_builder import image, write_layout
@@ -61,3 +64,32 @@ def test_an_artefact_waits_for_the_packs_it_shares(tmp_path: Path) -> None:
     assert sum(layer.new_chunks for layer in reports.values()) < sum(
         layer.chunks for layer in reports.values()
     )
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        "imgsnap.oci.manifest.LAYERS_MAX",
+        "imgsnap.formats.snapshot_config.METADATA_BLOCKS_MAX",
+        "imgsnap.formats.chunk_map_codec.CHUNKS_MAX",
+    ],
+)
+def test_what_readers_would_refuse_is_not_published(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limits are far above what a test can make: here they are as low as can be."""
+    write_layout(tmp_path / "source", image(layer_tar([Item(b"a", content=b"a" * 9000)])))
+    with (
+        closing(LayoutRepository(tmp_path / "source")) as source,
+        closing(LayoutRepository(tmp_path / "target", create=True)) as target,
+        ChunkIndex(tmp_path / "index") as index,
+    ):
+        images = select_images(source, "latest", [], Limits())
+        options = Options(work_dir=tmp_path / "work", jobs=2)
+        monkeypatch.setattr(limit, 3 if limit.endswith("LAYERS_MAX") else 0)
+        with pytest.raises(Unsupported, match="too large for one snapshot"):
+            publish(source, images, target, "snap", index, options, Silent())
+        monkeypatch.undo()
+        assert "snap" not in target.tags()
+        publish(source, images, target, "snap", index, options, Silent())
+        assert "snap" in target.tags()
