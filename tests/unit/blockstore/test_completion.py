@@ -76,7 +76,7 @@ def test_more_is_read_ahead_where_much_has_been_read(built, tmp_path, mode):
             wanted = (number + 1) * 16  # chunks of 32 KiB
             until(lambda c=counts, w=wanted: c.demand.chunks + c.readahead.chunks >= w)
         sizes = [end - start for start, end in windows]
-    assert sizes[:4] == [512 * KIB] * 4
+    assert sizes[:3] == [512 * KIB] * 3  # 34 of 256 chunks came before the third
     assert sizes[4] == (512 * KIB if mode == "off" else MIB)
 
 
