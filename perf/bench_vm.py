@@ -52,8 +52,6 @@ AIM_PACK_S = 1.0
 AIM_CACHED_S = 0.1
 AIM_ATTACH_S = 0.15
 TRIPS_MAX = 3
-TRACES = 3
-"""Boots that are recorded for the pack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ def main() -> None:
                 },
             )
             report.interleave(
-                1,
+                arguments.runs,
                 {
                     "no pack, trips": lambda: bench.trips(subject, "none"),
                     "pack, trips": lambda: bench.trips(subject, None),
@@ -157,19 +155,17 @@ class _Bench:
         source = push(image, door)
         reference = f"{door}/{image.name}-snapshot:perf"
         client.convert(source, reference, "--plain-http")
-        traces = [self._record(reference, number) for number in range(TRACES)]
         optimize = ["optimize", "--plain-http", reference, "--format", "json"]
-        for trace in traces:
-            optimize += ["--trace", trace]
+        optimize += ["--trace", self._record(reference)]
         pack = json.loads(output_of(client.command(*optimize)))
         plain = self._work / "plain.erofs"
         probe("materialise_probe", client.store, client.cache, client.run_dir, reference, plain)
         behind = f"{self._registry.address}/{image.name}-snapshot:perf"
         return Subject(image, behind, plain, pack)
 
-    def _record(self, reference: str, number: int) -> Path:
-        """The trace of a boot. What the host's kernel reads ahead differs a little each time."""
-        trace = self._work / f"boot-{number}.json"
+    def _record(self, reference: str) -> Path:
+        """The trace of a boot."""
+        trace = self._work / "boot.json"
         attaching = self._attached(reference, "none", vm.TimeLine())
         with node_daemon(self._client), attaching as attached:
             self._boot(Path(attached["path"]), vm.TimeLine())

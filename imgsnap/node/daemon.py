@@ -1,5 +1,6 @@
 """The node daemon's control process: it answers the CLI, and sees that there is a supervisor."""
 
+import fcntl
 import logging
 import os
 import signal
@@ -7,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from imgsnap.blockstore.node_cache import remove_tree
@@ -119,13 +122,26 @@ def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:
         return socket.socket(fileno=int(number)), owner == "systemd"
     if passed:
         return socket.socket(fileno=next(iter(passed.values()))), True
-    try:
-        running = rpc.call(places.control_socket, "status", timeout_s=5.0)
-    except (rpc.NobodyListens, rpc.Interrupted):
-        return rpc.listen(places.control_socket), False
+    with _one_at_a_time(places.run_dir):
+        try:
+            running = rpc.call(places.control_socket, "status", timeout_s=5.0)
+        except (rpc.NobodyListens, rpc.Interrupted):
+            return rpc.listen(places.control_socket), False
     raise AlreadyExists(
         f"a daemon runs already (pid {running['pid']})", hint="imgsnap daemon status shows it"
     )
+
+
+@contextmanager
+def _one_at_a_time(directory: Path) -> Iterator[None]:
+    """Of two that start together the second finds the first one's socket, and does not replace it
+    by its own. Raises OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _become_new(listener: socket.socket, passed: bool) -> None:

@@ -18,12 +18,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
 from imgsnap.errors import IntegrityError, InvalidArgument, OutOfTime, Unavailable
-from imgsnap.vm.qemu import Boot, Hardware, command_line
+from imgsnap.vm.qemu import Boot, Drive, Hardware, command_line
 
 START_LIMIT_S = 90.0
 """From the start of QEMU to the guest's init; under emulation on a busy host it takes 10 s."""
@@ -68,15 +69,18 @@ class Machine:
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
         self._log = bytearray()  # the console until somebody wants it
         self._lines = bytearray()
-        fds = (console.fileno(), control.fileno())
-        arguments = [*prefix, *command_line(qemu, hardware, boot, *fds)]
+        lines = (console.fileno(), control.fileno())
+        drives: list[Drive] = []
         try:
+            drives += map(_inherited, hardware.drives)
+            hardware = replace(hardware, drives=tuple(drives))
+            arguments = [*prefix, *command_line(qemu, hardware, boot, *lines)]
             self.process = subprocess.Popen(
                 [*_bound_to_us(), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=self._errors,
                 stderr=self._errors,
-                pass_fds=fds,
+                pass_fds=[*lines, *(drive.fd for drive in drives if drive.fd is not None)],
                 start_new_session=True,  # a terminal's Ctrl-C is for us, or for the guest
             )
         except BaseException:
@@ -85,6 +89,9 @@ class Machine:
         finally:
             console.close()
             control.close()
+            for drive in drives:
+                if drive.fd is not None:
+                    os.close(drive.fd)
 
     def __enter__(self) -> Self:
         return self
@@ -294,6 +301,19 @@ def _bound_to_us() -> list[str]:
     """Words before a command that make the kernel kill it when this process dies."""
     program = shutil.which("setpriv")
     return [program, "--pdeathsig", _DIED_WITH_US] if program else []
+
+
+def _inherited(drive: Drive) -> Drive:
+    """A read-only file as one that is open, and that the host's kernel does not read ahead in.
+
+    The guest's kernel does that. A second readahead fetches what no guest asked for, and not the
+    same each time: a boot then waits for blocks that its boot pack lacks. Raises OSError.
+    """
+    if not drive.read_only or not drive.path.is_file():
+        return drive
+    fd = os.open(drive.path, os.O_RDONLY | os.O_CLOEXEC)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return replace(drive, fd=fd)
 
 
 def write_initramfs(directory: Path, data: bytes) -> Path:

@@ -28,6 +28,7 @@ class Drive:
 
     path: Path
     read_only: bool = True
+    fd: int | None = None  # the file as QEMU inherits it; without, QEMU opens the path
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +101,13 @@ def _pmem(path: Path, memory_mib: int) -> list[str]:
 def _drive(number: int, drive: Drive, bus: str) -> list[str]:
     # The host's page cache is what all guests share: never O_DIRECT. Who may lose a scratch disk
     # needs no flushes.
-    file = str(drive.path).replace(",", ",,")
     mode = "readonly=on" if drive.read_only else "cache=unsafe"
+    if drive.fd is None:
+        file, inherited = str(drive.path).replace(",", ",,"), []
+    else:
+        file, inherited = f"/dev/fdset/{number}", ["-add-fd", f"fd={drive.fd},set={number}"]
     return [
+        *inherited,
         "-drive",
         f"id=disk{number},if=none,format=raw,{mode},file={file}",
         "-device",

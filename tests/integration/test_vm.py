@@ -205,7 +205,7 @@ def test_a_recorded_boot_is_replayed_from_a_boot_pack(vm: Vm, remote: str, tmp_p
     reads = json.loads(report.read_text())["reads"]
     assert reads["pack"]["requests"] == 1 and reads["pack"]["failures"] == 0
     assert reads["pack"]["used"] > 0.7 * reads["pack"]["blocks"], reads
-    assert reads["demand"]["requests"] <= 3, reads
+    assert reads["demand"]["requests"] <= 1, reads  # only the guest reads ahead
     assert vm.left() == []
 
 

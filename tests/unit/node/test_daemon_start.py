@@ -3,12 +3,13 @@
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from imgsnap.errors import Unavailable
+from imgsnap.errors import AlreadyExists, Unavailable
 from imgsnap.node import daemon, rpc
 from imgsnap.node.places import NodePlaces
 
@@ -49,6 +50,38 @@ def test_its_socket_is_not_taken_away(listener: socket.socket, tmp_path: Path) -
     with pytest.raises(Unavailable, match="did not answer in time"):
         daemon._listener(NodePlaces(tmp_path))
     assert path.stat().st_ino == before
+
+
+def test_of_those_that_start_together_one_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, won, lost = threading.Barrier(8), [], []
+    listen = rpc.listen
+
+    def late(path: Path) -> socket.socket:
+        time.sleep(0.1)  # the others have asked by then whether somebody listens
+        return listen(path)
+
+    monkeypatch.setattr(rpc, "listen", late)
+
+    def start() -> None:
+        together.wait()
+        try:
+            listener, _ = daemon._listener(NodePlaces(tmp_path))
+        except AlreadyExists as error:
+            lost.append(error)
+        else:
+            won.append(listener)
+            rpc.Server(listener, {"status": lambda _: {"pid": 1}}).start()
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for listener in won:
+        listener.close()
+    assert (len(won), len(lost)) == (1, 7)
 
 
 def test_one_that_ends_is_not_waited_for(tmp_path: Path) -> None:

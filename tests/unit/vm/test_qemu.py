@@ -30,6 +30,14 @@ def test_only_a_scratch_disk_is_writable_and_no_disk_bypasses_the_page_cache() -
     assert "nomodule" not in value_of(found, "-append")
 
 
+def test_an_inherited_file_is_named_by_its_set() -> None:
+    drives = (Drive(Path("/image"), fd=9), Drive(Path("/s"), read_only=False))
+    found = command_line("qemu", Hardware(Accelerator.KVM, drives=drives), BOOT, 5, 6)
+    assert value_of(found, "-add-fd") == "fd=9,set=0" and found.count("-add-fd") == 1
+    disks = [found[at + 1] for at, word in enumerate(found) if word == "-drive"]
+    assert disks[0].endswith("readonly=on,file=/dev/fdset/0") and disks[1].endswith("file=/s")
+
+
 def test_a_mapped_file_is_read_only_and_has_room(tmp_path: Path) -> None:
     path = tmp_path / "layer.erofs"
     with path.open("wb") as file:
