@@ -15,7 +15,7 @@ from imgsnap.blockstore.fetcher import Fetcher
 from imgsnap.blockstore.read_options import Prefetch
 from imgsnap.blockstore.statistics import Statistics
 
-MOST_READ = 0.4
+MOST_READ = 0.35
 """Share of the chunks that reads have brought in. Few starts bring so much: one that does is a scan
 or as good as one, and the link is better kept busy in the gaps between its reads."""
 BATCH_ROWS = 64

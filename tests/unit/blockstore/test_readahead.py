@@ -4,10 +4,9 @@ import random
 from itertools import pairwise
 
 from imgsnap.blockstore.readahead import (
-    MUCH_READ,
     STREAMS_MAX,
     WINDOW_FIRST,
-    WINDOW_SCAN,
+    WINDOWS_SCAN,
     Readahead,
 )
 from imgsnap.units import GIB, KIB, MIB
@@ -37,11 +36,12 @@ def test_random_reads_ask_for_one_window_each():
 
 def test_a_new_place_gets_a_larger_window_when_much_has_been_read():
     readahead = Readahead(GIB)
-    readahead.brought(MUCH_READ / 2)
+    readahead.brought(WINDOWS_SCAN[0][0] / 2)
     assert readahead.after(0, 4096) == (4096, 4096 + WINDOW_FIRST)
-    readahead.brought(MUCH_READ)
-    at = GIB // 2
-    assert readahead.after(at, 4096) == (at + 4096, at + 4096 + WINDOW_SCAN)
+    for number, (share, window) in enumerate(WINDOWS_SCAN, 1):
+        readahead.brought(share)
+        at = number * GIB // 4
+        assert readahead.after(at, 4096) == (at + 4096, at + 4096 + window)
     small = Readahead(GIB, MIB)
     small.brought(1.0)
     assert small.after(0, 4096) == (4096, 4096 + MIB)
