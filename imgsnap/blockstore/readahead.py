@@ -20,8 +20,8 @@ WINDOW_FIRST = 512 * KIB
 read instead of the second, for 2 % more bytes; 1 MiB took 0.8 for 16 % more."""
 WINDOWS_SCAN = ((0.15, MIB), (0.23, 2 * MIB))
 """The first window where so large a share of the chunks has been brought in: what a reader of so
-much asks for next is likely to be near. In two steps, as a start may end at the first: who wants 1 %
-of a large image's files, chosen by chance, is brought 18 % of its chunks."""
+much asks for next is likely to be near. In two steps, as a start may end at the first: who wants
+1 % of a large image's files, chosen by chance, is brought 18 % of its chunks."""
 WINDOW_USUAL = 8 * MIB
 """What a window grows to on any link: about 3 MiB of compressed chunks."""
 GROWTH_LONG = 4
