@@ -26,7 +26,8 @@ is still read with one request (mm/readahead.c bounds that by io_pages); with 0 
 page. It counts for files that are opened from then on."""
 BUSY_RETRIES = 120
 BUSY_WAIT_S = 0.05
-"""The kernel closes the file below an unmounted EROFS a moment after umount returns."""
+"""The kernel closes the file below an unmounted EROFS a moment after umount returns, and a
+container that is just being made holds a copy of all mounts for as long."""
 
 BDI_ATTEMPTS = 8
 _BDI = Path("/sys/class/bdi")
@@ -151,7 +152,7 @@ def _erofs_bdis() -> set[str]:
 def unmount(target: Path, *, lazy: bool = False, retry: bool = False) -> None:
     """Unmounts what is at `target`; nothing mounted there is fine.
 
-    `retry` waits a second for the kernel to let go of it. Raises Busy while it is in use.
+    `retry` waits some seconds for others to let go of it. Raises Busy while it is in use.
     """
     flags = UmountFlag.NOFOLLOW | (UmountFlag.DETACH if lazy else UmountFlag(0))
     for attempt in range(BUSY_RETRIES):
