@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from tests.support.image_builder import collect, image
 from tests.support.installed import HTTP
 from tests.support.samples import program_tar
 from tests.support.tars import Item, layer_tar
+
+GRACE_S = 10.0
+"""For processes that end by themselves, when what they served has gone."""
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +53,9 @@ def other_cli(tmp_path: Path) -> Iterator[Cli]:
 def _clean_cli(root: Path) -> Iterator[Cli]:
     command = Cli(root)
     yield command
-    left = command.leftovers()
+    deadline = time.monotonic() + GRACE_S
+    while (left := command.leftovers()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     if left:
         command.any("umount", "--all", "--lazy")
         for pid in command.processes():
