@@ -53,6 +53,11 @@ class Completion:
         self._due = 0.0
 
     @property
+    def adaptive(self) -> bool:
+        """Whether anything may be fetched that no read asked for or is near."""
+        return self._mode is not Prefetch.OFF
+
+    @property
     def brought(self) -> float:
         """The share of the chunks that reads have brought in, with what was read ahead."""
         brought = self._statistics.demand.chunks + self._statistics.readahead.chunks
@@ -60,7 +65,7 @@ class Completion:
 
     def waited(self) -> None:
         """A read had to wait for the network: begins, if it is time."""
-        if self._begun or self._mode is Prefetch.OFF:
+        if self._begun or not self.adaptive:
             return
         if self._mode is Prefetch.PACK and self.brought < MOST_READ:
             return

@@ -99,7 +99,6 @@ class BlockReader:
         self._bases = [part.base for part in self._parts]
         sources = [part.source for part in self._parts if part.source is not None]
         self._completion = Completion(sources, fetcher, self.statistics, prefetch, prefetch_rate)
-        self._adaptive = prefetch is not Prefetch.OFF
         self._readahead = (
             Readahead(self.size, readahead_max, fetcher.window) if readahead_max else None
         )
@@ -152,7 +151,7 @@ class BlockReader:
             self._boot.wait(0, lambda: self._fetch(offset, length, waiting, READ_ATTEMPTS))
         else:
             self._fetch(offset, length, waiting, READ_ATTEMPTS)
-        if self._adaptive and self._readahead is not None:
+        if self._readahead is not None and self._completion.adaptive:
             self._readahead.brought(self._completion.brought)
         self._completion.waited()
 

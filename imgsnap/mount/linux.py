@@ -4,6 +4,7 @@ Numbers and layouts: include/uapi/linux/mount.h, include/uapi/linux/loop.h, man 
 mount(8) is never used: it silently puts a loop device below a file-backed EROFS.
 """
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -143,6 +144,18 @@ def filesystem_magic(path: Path) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(path))
     return int(buffer[0]) & 0xFFFFFFFF
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the flock(2) of a file, which is made if need be; waits for others. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def sync_filesystem(path: Path) -> None:

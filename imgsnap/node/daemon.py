@@ -1,6 +1,5 @@
 """The node daemon's control process: it answers the CLI, and sees that there is a supervisor."""
 
-import fcntl
 import logging
 import os
 import signal
@@ -8,8 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from imgsnap.blockstore.node_cache import remove_tree
@@ -122,7 +119,7 @@ def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:
         return socket.socket(fileno=int(number)), owner == "systemd"
     if passed:
         return socket.socket(fileno=next(iter(passed.values()))), True
-    with _one_at_a_time(places.run_dir):
+    with linux.locked(places.lock("control")):  # of two that start together one finds the other
         try:
             running = rpc.call(places.control_socket, "status", timeout_s=5.0)
         except (rpc.NobodyListens, rpc.Interrupted):
@@ -130,18 +127,6 @@ def _listener(places: NodePlaces) -> tuple[socket.socket, bool]:
     raise AlreadyExists(
         f"a daemon runs already (pid {running['pid']})", hint="imgsnap daemon status shows it"
     )
-
-
-@contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Of two that start together the second finds the first one's socket, and does not replace it
-    by its own. Raises OSError."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _become_new(listener: socket.socket, passed: bool) -> None:

@@ -1,10 +1,10 @@
 """The node daemon's mounts: a snapshot's EROFS once, shown on any number of directories."""
 
 import contextlib
-import fcntl
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -169,14 +169,6 @@ class Mounting:
         teardown.remove_entry(self._records, record)
         teardown.remove_instance(record, keep_changes=in_use)
 
-    @contextlib.contextmanager
-    def _target_lock(self, record_id: str) -> Iterator[None]:
+    def _target_lock(self, record_id: str) -> AbstractContextManager[None]:
         """One mount or unmount of a target at a time, in this process and in others."""
-        directory = self._places.run_dir / "node" / "locks"
-        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fd = os.open(directory / record_id, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(fd)
+        return linux.locked(self._places.lock(record_id))

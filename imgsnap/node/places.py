@@ -54,6 +54,7 @@ class NodePlaces:
     <run_dir>/control.sock          calls to the daemon
     <run_dir>/node/                 its block server (ServerPlaces), the superblock in node/dev
     <run_dir>/node/tree/<id>        each attachment's EROFS, mounted once for all its users
+    <run_dir>/node/locks/           flock(2): by target, and of a daemon that starts
     <run_dir>/node/users/<id>/      one empty file per mount that shows it
     """
 
@@ -74,6 +75,9 @@ class NodePlaces:
 
     def tree(self, attachment_id: str) -> Path:
         return self.run_dir / "node" / "tree" / attachment_id
+
+    def lock(self, name: str) -> Path:
+        return self.run_dir / "node" / "locks" / name
 
     def users(self, attachment_id: str) -> Path:
         return self.run_dir / "node" / "users" / attachment_id

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 
@@ -25,23 +25,10 @@ def wait(numbers: Collection[int], timeout_s: float) -> int | None:
     return None if number == signal.SIGALRM else int(number)
 
 
-class Caught:
-    """Signals that were caught; see `catch`."""
-
-    def __init__(self, reader: int, numbers: Collection[int]) -> None:
-        self._reader = reader
-        self._numbers = numbers
-
-    def wait(self) -> int:
-        """The next of the signals that has come since `catch`, however long that takes."""
-        while (number := os.read(self._reader, 1)[0]) not in self._numbers:
-            pass
-        return number
-
-
 @contextmanager
-def catch(numbers: Collection[int]) -> Iterator[Caught]:
+def catch(numbers: Collection[int]) -> Iterator[Callable[[], int]]:
     """Catches the signals in the block, and blocks none, which programs we start would inherit.
+    What it gives returns the next one that has come since, however long that takes.
 
     To be called in the main thread. By a pipe and not by an Event that a handler sets: a thread
     that is just starting can be given a signal before the main thread has woken up for it, and
@@ -58,4 +45,10 @@ def catch(numbers: Collection[int]) -> Iterator[Caught]:
         )
         for number in numbers:  # without a handler in Python there is no number
             stack.callback(signal.signal, number, signal.signal(number, lambda *_: None))
-        yield Caught(reader, numbers)
+
+        def following() -> int:
+            while (number := os.read(reader, 1)[0]) not in numbers:
+                pass
+            return number
+
+        yield following

@@ -68,7 +68,7 @@ def serve(
     Raises Busy when another process serves `root`, InvalidArgument when that cannot be, and what
     MetricsServer raises.
     """
-    with signals.catch(_STOP) as caught, opened(root, parts) as snapshots:
+    with signals.catch(_STOP) as next_signal, opened(root, parts) as snapshots:
         if metrics:
             MetricsServer(metrics, _observer(snapshots, parts)).start()
         servers = [start_server(snapshots, address, parts.counters)]
@@ -77,7 +77,7 @@ def serve(
             servers.append(start_image_service(image_service))
             _log.info("serving CRI's images at %s", image_service.address)
         notify(os.environ, "READY=1")
-        _log.info("ending on %s", signal.Signals(caught.wait()).name)
+        _log.info("ending on %s", signal.Signals(next_signal()).name)
         notify(os.environ, "STOPPING=1")
         for ended in [server.stop(STOP_GRACE_S) for server in servers]:
             ended.wait()

@@ -145,6 +145,11 @@ class Cli:
                 continue
         return found
 
+    def forget_killed(self, pid: int) -> None:
+        """Takes away the file that a process was writing when a test killed it, as age would."""
+        for path in self.cache.glob(f"*/tmp/{pid}.*"):
+            path.unlink(missing_ok=True)
+
     def leftovers(self) -> list[str]:
         """Everything that commands and mounts should have taken away again."""
         run = self.run_dir

@@ -63,6 +63,7 @@ class Ours:
         assert self.process is not None
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        self.cli.forget_killed(self.process.pid)
         self.socket.unlink(missing_ok=True)
 
     def states(self) -> list[str]:

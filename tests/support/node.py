@@ -66,11 +66,13 @@ class Node:
         assert self.control is not None
         self.control.kill()
         self.control.communicate()
+        self.cli.forget_killed(self.control.pid)
         self.control = None
 
     def kill(self, process: ProcessId) -> None:
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait(5)
+        self.cli.forget_killed(process.pid)
 
     def attachments(self) -> list[dict[str, Any]]:
         return rpc.call(self.places.control_socket, "attachments")

@@ -83,13 +83,13 @@ from imgsnap.node import signals
 other = threading.Thread(target=threading.Event().wait, daemon=True)
 other.start()
 before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-with signals.catch({signal.SIGTERM, signal.SIGINT}) as caught:
+with signals.catch({signal.SIGTERM, signal.SIGINT}) as next_signal:
     if sys.argv[1] == "other":
         signal.signal(signal.SIGUSR1, lambda *_: None)
         signal.pthread_kill(other.ident, signal.SIGUSR1)
         signal.pthread_kill(other.ident, signal.SIGTERM)
     print("ready", flush=True)
-    print(caught.wait())
+    print(next_signal())
 assert before == [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
 assert signal.set_wakeup_fd(-1) == -1
 """
